@@ -1,0 +1,3 @@
+"""Pilotlight: a function runtime for language models."""
+
+__version__ = "0.1.0"

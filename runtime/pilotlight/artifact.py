@@ -1,0 +1,217 @@
+"""The artifact: a directory with a model ready to serve, described and sealed by ``manifest.json``.
+
+This module is the one contract between export and runtime. The graph's interface is part of it (letters: B batch rows,
+T new tokens, N requested positions, V vocabulary, C cache length, D head size):
+
+=============================  ==========================  ==================================================
+input                          shape, type                 meaning
+=============================  ==========================  ==================================================
+``input_ids``                  [B, T] int64                new tokens
+``seqlens_k``                  [B] int32                   tokens of a row after this run, minus one
+``total_sequence_length``      scalar int32                C in a run on a cache with a past; T in a first run
+``logits_indices``             [N] int64                   positions in the flattened [B * T] to get logits for
+``past_key_values.i.key``      [B, kv heads, C, D]         cache of layer i (and ``.value``)
+=============================  ==========================  ==================================================
+
+Outputs are ``logits`` [N, V] float32 and ``present.i.key`` / ``present.i.value``, bound to the same memory as the past.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from pilotlight.errors import ArtifactError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+GRAPH = "model.onnx"
+WEIGHTS = "model.onnx.data"
+TOKENIZER = "tokenizer.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+GENERATION_CONFIG = "generation_config.json"
+LICENSE = "LICENSE"
+REQUIRED_FILES = (GRAPH, WEIGHTS, TOKENIZER)
+
+
+class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where the weights came from: ``model`` is a hub id or a directory's name, never a path."""
+
+    model: str
+    revision: str | None
+    license: str | None
+
+
+class Shapes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The dimensions that a runtime needs to allocate and to bound its work."""
+
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    hidden_size: int
+    vocab_size: int
+    max_context_tokens: int
+
+
+class SpecialTokens(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Token ids with a meaning of their own; any of ``eos_ids`` ends an answer."""
+
+    bos_id: int | None
+    eos_ids: list[int]
+    pad_id: int | None
+
+
+class KvLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How one layer's key or value cache lies in memory."""
+
+    dtype: str
+    axes: str = "batch, kv_heads, tokens, head_size"
+
+
+class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    sha256: str
+    size_bytes: int
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Everything that is known about an artifact; its own digest names the artifact."""
+
+    format_version: int
+    source: Source
+    family: str
+    precision: str
+    recipe: dict[str, str | int | float | bool]
+    num_parameters: int
+    shapes: Shapes
+    special_tokens: SpecialTokens
+    kv: KvLayout
+    verification: dict[str, str | int | float | bool]
+    files: dict[str, FileEntry]
+    tools: dict[str, str]
+
+    def encode(self) -> bytes:
+        """Return the manifest as the bytes that are written and digested."""
+        return msgspec.json.format(msgspec.json.encode(self, order="sorted"), indent=2) + b"\n"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An artifact whose manifest was read and whose files all exist at their right size."""
+
+    path: Path
+    manifest: Manifest
+    digest: str
+
+    @property
+    def graph_path(self) -> Path:
+        return self.path / GRAPH
+
+    @property
+    def tokenizer_path(self) -> Path:
+        return self.path / TOKENIZER
+
+    def optional_text(self, name: str) -> str | None:
+        """Return an optional file's text, or None where the artifact has no such file."""
+        if name not in self.manifest.files:
+            return None
+        return (self.path / name).read_text(encoding="utf-8")
+
+    def verify(self) -> None:
+        """Compare every file with its checksum.
+
+        Raises:
+            ArtifactError: a file was altered.
+        """
+        for name in self.manifest.files:
+            self.verify_file(name)
+
+    def verify_file(self, name: str) -> None:
+        """Compare one file with its checksum.
+
+        Raises:
+            ArtifactError: the file was altered or cannot be read.
+        """
+        path = self.path / name
+        try:
+            found = sha256_of(path)
+        except OSError as error:
+            raise ArtifactError(path, f"cannot be read ({error.strerror})") from error
+        if found != self.manifest.files[name].sha256:
+            raise ArtifactError(path, "was altered: its sha256 is not the one in the manifest")
+
+
+def open_artifact(path: Path) -> Artifact:
+    """Read an artifact's manifest and check that each file is there at its right size.
+
+    Checksums are not computed here; ``Artifact.verify`` does that.
+
+    Raises:
+        ArtifactError: the directory, the manifest or a file is missing, truncated, unreadable or of a newer format.
+    """
+    manifest_path = path / MANIFEST
+    if not path.is_dir():
+        raise ArtifactError(path, "is not a directory" if path.exists() else "does not exist")
+    try:
+        raw = manifest_path.read_bytes()
+    except FileNotFoundError as error:
+        raise ArtifactError(manifest_path, "is missing, so this is not an artifact") from error
+    except OSError as error:
+        raise ArtifactError(manifest_path, f"cannot be read ({error.strerror})") from error
+    manifest = decode_manifest(raw, manifest_path)
+    for file_path, entry in _files(path, manifest):
+        _check_size(file_path, entry.size_bytes)
+    return Artifact(path, manifest, f"sha256:{hashlib.sha256(raw).hexdigest()}")
+
+
+def decode_manifest(raw: bytes, path: Path) -> Manifest:
+    """Parse a manifest's bytes; ``path`` is only named in errors.
+
+    Raises:
+        ArtifactError: not JSON, not a manifest, a newer format, or a file list that is incomplete or leaves the directory.
+    """
+    try:
+        version = msgspec.json.decode(raw, type=dict[str, msgspec.Raw]).get("format_version")
+        number = msgspec.json.decode(version, type=int) if version is not None else 0
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ArtifactError(path, f"is not a manifest ({error})") from error
+    if number > FORMAT_VERSION:
+        raise ArtifactError(path, f"has format version {number}; this version of Pilotlight reads {FORMAT_VERSION}")
+    try:
+        manifest = msgspec.json.decode(raw, type=Manifest)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ArtifactError(path, f"is not a manifest ({error})") from error
+    missing = [name for name in REQUIRED_FILES if name not in manifest.files]
+    if missing:
+        raise ArtifactError(path, f"does not list {missing[0]}")
+    for name in manifest.files:
+        if Path(name).name != name or name == MANIFEST:
+            raise ArtifactError(path, f"lists {name!r}, which is not a plain file name")
+    return manifest
+
+
+def sha256_of(path: Path) -> str:
+    """Return a file's SHA-256 in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _files(path: Path, manifest: Manifest) -> Iterator[tuple[Path, FileEntry]]:
+    for name, entry in manifest.files.items():
+        yield path / name, entry
+
+
+def _check_size(path: Path, size_bytes: int) -> None:
+    try:
+        found = path.stat().st_size
+    except FileNotFoundError as error:
+        raise ArtifactError(path, "is missing") from error
+    except OSError as error:
+        raise ArtifactError(path, f"cannot be read ({error.strerror})") from error
+    if found != size_bytes:
+        problem = "is truncated" if found < size_bytes else "is too long"
+        raise ArtifactError(path, f"{problem}: {found:,} bytes instead of {size_bytes:,}")

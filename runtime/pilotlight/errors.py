@@ -1,0 +1,170 @@
+"""Every error that Pilotlight raises on purpose.
+
+    PilotlightError
+    ├── StartupError                 the process ends with one line
+    │   ├── ConfigError              pilotlight.toml, PILOTLIGHT_* or an option
+    │   └── ArtifactError            missing, truncated, altered, or from a newer format
+    ├── RequestError                 the client can mend it: 4xx
+    │   ├── InvalidRequest           400, names the parameter
+    │   ├── ContextLengthExceeded    400
+    │   ├── FunctionNotFound         404
+    │   ├── RequestNotFound          404
+    │   ├── RequestIdInUse           409
+    │   └── BodyTooLarge             413
+    ├── CapacityError                try again later: 503, with Retry-After
+    │   ├── QueueFull
+    │   ├── LedgerUnavailable
+    │   └── Draining
+    └── EngineError                  500, raised from its cause
+
+``api/errors.py`` is the only place which turns them into HTTP.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class PilotlightError(Exception):
+    """Base of all: ``message`` is one line for people, the class attributes are for programs."""
+
+    status = 500
+    code: str | None = None
+    type = "server_error"
+    retryable = False
+    param: str | None = None
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class StartupError(PilotlightError):
+    """Nothing can be served: the process says why in one line and exits with status 1."""
+
+
+class ConfigError(StartupError):
+    """A setting is unknown, malformed or out of range."""
+
+    code = "config_invalid"
+
+
+class ArtifactError(StartupError):
+    """An artifact cannot be trusted or read; the line names the file and what is wrong with it."""
+
+    code = "artifact_invalid"
+
+    def __init__(self, path: Path, problem: str) -> None:
+        super().__init__(f"{path}: {problem}")
+        self.path = path
+        self.problem = problem
+
+
+class RequestError(PilotlightError):
+    """The request is at fault; sending it again unchanged will fail again."""
+
+    status = 400
+    type = "invalid_request_error"
+
+
+class InvalidRequest(RequestError):
+    """A parameter is missing, malformed, out of range or not supported."""
+
+    code = "invalid_value"
+
+    def __init__(self, param: str | None, message: str, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        if code is not None:
+            self.code = code
+
+
+class ContextLengthExceeded(RequestError):
+    """The prompt leaves no room for a single new token."""
+
+    code = "context_length_exceeded"
+
+    def __init__(self, num_prompt_tokens: int, max_context_tokens: int, param: str) -> None:
+        super().__init__(
+            f"the prompt has {num_prompt_tokens} tokens; this function's context holds {max_context_tokens}, "
+            f"of which at least one is left for the answer"
+        )
+        self.param = param
+
+
+class FunctionNotFound(RequestError):
+    """No function of that name is served here."""
+
+    status = 404
+    code = "model_not_found"
+    param = "model"
+
+    def __init__(self, name: str, available: list[str]) -> None:
+        super().__init__(f"there is no function {name!r} here; available: {', '.join(sorted(available))}")
+
+
+class RequestNotFound(RequestError):
+    """No usage record, or no running request, has that id."""
+
+    status = 404
+    code = "request_not_found"
+
+
+class RequestIdInUse(RequestError):
+    """The client's x-request-id names an invocation that the ledger already holds."""
+
+    status = 409
+    code = "request_id_in_use"
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__(f"an invocation with the request id {request_id!r} exists already; send a fresh x-request-id")
+
+
+class BodyTooLarge(RequestError):
+    """The request body is larger than the host accepts."""
+
+    status = 413
+    code = "body_too_large"
+
+    def __init__(self, max_bytes: int) -> None:
+        super().__init__(f"the request body is larger than {max_bytes:,} bytes")
+
+
+class CapacityError(PilotlightError):
+    """There is no room now; the same request may succeed after ``retry_after_s`` seconds."""
+
+    status = 503
+    code = "overloaded"
+    retryable = True
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class QueueFull(CapacityError):
+    """The function's queue holds as many requests as it may."""
+
+    def __init__(self, max_queued_requests: int, retry_after_s: float = 1.0) -> None:
+        super().__init__(f"{max_queued_requests} requests are waiting already, which is the limit", retry_after_s)
+
+
+class LedgerUnavailable(CapacityError):
+    """The usage ledger cannot be written, and nothing is served unmetered."""
+
+    code = "ledger_unavailable"
+
+
+class Draining(CapacityError):
+    """The server is shutting down and takes no new requests."""
+
+    code = "shutting_down"
+
+    def __init__(self) -> None:
+        super().__init__("the server is shutting down")
+
+
+class EngineError(PilotlightError):
+    """The model run failed; its cause is chained."""
+
+    code = "engine_error"
