@@ -1,0 +1,83 @@
+"""What travels between a function and its backend: a sequence goes in, token events come out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class FinishReason(StrEnum):
+    """Why an invocation ended; every usage record carries one."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    DEADLINE = "deadline"
+    ERROR = "error"
+    REJECTED = "rejected"
+    CRASHED = "crashed"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is chosen. ``temperature`` 0 is greedy; ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 are off.
+
+    The random number of a token depends on ``seed`` and the token's place in the answer only, so a seeded request gives
+    the same tokens whatever runs beside it.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int = 0
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    @property
+    def penalised(self) -> bool:
+        return (self.repetition_penalty, self.frequency_penalty, self.presence_penalty) != (1.0, 0.0, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Sequence:
+    """Token ids to continue. It ends with a token of ``stop_ids`` or after ``max_new_tokens``, whichever comes first."""
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    max_new_tokens: int
+    stop_ids: frozenset[int] = frozenset()
+    sampling: SamplingParams = SamplingParams()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One generated token, or an end without a token. ``at`` is a monotonic instant in seconds.
+
+    The event with a ``finish`` is the last one of its sequence. ``prefill_started_at`` is set on the first token.
+    """
+
+    token_id: int | None
+    at: float
+    finish: FinishReason | None = None
+    prefill_started_at: float | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Signals:
+    """A backend's load at one instant, for admission, metrics and scaling."""
+
+    num_waiting: int
+    num_running: int
+    num_slots: int
+    num_prefill_backlog_tokens: int
+    kv_used_bytes: int
+    kv_reserved_bytes: int
