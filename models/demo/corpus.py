@@ -1,7 +1,7 @@
 """The demo model's whole world: four small tasks and a few greetings, all text made here.
 
-Every task enumerates or draws *items*; an item's key decides by hash whether it belongs to the training or to the held-out
-split, so the two never share a sum, a conversion, a set of words or a story.
+A turn's key decides by hash whether it belongs to the training or to the held-out split, so the two never share a sum,
+a conversion, a set of words or a story.
 """
 
 from __future__ import annotations
@@ -45,10 +45,40 @@ UNITS = (
     ("seconds", "milliseconds", 3),
 )
 
-WORDS = (
-    "anchor apple basket bridge candle castle dragon drum engine feather garden hammer island jacket kettle ladder "
-    "lemon marble needle orange pepper pillow quilt ribbon saddle table tunnel umbrella velvet window yarn zebra"
-).split()
+WORDS = [
+    "anchor",
+    "apple",
+    "basket",
+    "bridge",
+    "candle",
+    "castle",
+    "dragon",
+    "drum",
+    "engine",
+    "feather",
+    "garden",
+    "hammer",
+    "island",
+    "jacket",
+    "kettle",
+    "ladder",
+    "lemon",
+    "marble",
+    "needle",
+    "orange",
+    "pepper",
+    "pillow",
+    "quilt",
+    "ribbon",
+    "saddle",
+    "table",
+    "tunnel",
+    "umbrella",
+    "velvet",
+    "window",
+    "yarn",
+    "zebra",
+]
 
 # name, job, pronoun, companion
 CAST = (

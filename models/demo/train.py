@@ -15,9 +15,10 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from corpus import MIX, TASKS, Turn, held_out_turns, training_turns
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from corpus import MIX, TASKS, Turn, held_out_turns, training_turns
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = (
@@ -79,7 +80,9 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return model
 
 
-def packed_rows(tokenizer: PreTrainedTokenizerFast, rng: random.Random, length: int) -> Iterator[tuple[list[int], list[int]]]:
+def packed_rows(
+    tokenizer: PreTrainedTokenizerFast, rng: random.Random, length: int
+) -> Iterator[tuple[list[int], list[int]]]:
     """Yield (token ids, labels) of ``length`` tokens: whole conversations, the loss on the answers only."""
     turns = training_turns(rng)
     while True:

@@ -172,7 +172,7 @@ def decode_manifest(raw: bytes, path: Path) -> Manifest:
     """Parse a manifest's bytes; ``path`` is only named in errors.
 
     Raises:
-        ArtifactError: not JSON, not a manifest, a newer format, or a file list that is incomplete or leaves the directory.
+        ArtifactError: not a manifest, a newer format, or a file list that is incomplete or leaves the directory.
     """
     try:
         version = msgspec.json.decode(raw, type=dict[str, msgspec.Raw]).get("format_version")

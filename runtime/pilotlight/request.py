@@ -48,7 +48,7 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class Sequence:
-    """Token ids to continue. It ends with a token of ``stop_ids`` or after ``max_new_tokens``, whichever comes first."""
+    """Token ids to continue, until a token of ``stop_ids`` or ``max_new_tokens``, whichever comes first."""
 
     id: str
     prompt_ids: tuple[int, ...]
