@@ -1,0 +1,83 @@
+"""Text to token ids and back, by the ``tokenizer.json`` of an artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import tokenizers  # type: ignore[import-untyped]
+
+from pilotlight.artifact import SpecialTokens
+from pilotlight.errors import ArtifactError, InvalidRequest
+
+
+class Tokenizer:
+    """An artifact's tokenizer. Encoding releases the GIL, so a long text can be encoded in a thread."""
+
+    def __init__(self, path: Path) -> None:
+        """Load a ``tokenizer.json``.
+
+        Raises:
+            ArtifactError: the file is missing or is not a tokenizer.
+        """
+        self._tokenizer = _load(path)
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of token ids, added tokens included; a model's embedding may be larger."""
+        return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Return the ids of a bare prompt, with the special tokens that the tokenizer puts around a text.
+
+        Raises:
+            InvalidRequest: the text holds half of a surrogate pair.
+        """
+        ids: list[int] = self._tokenizer.encode(_encodable(text, "prompt"), add_special_tokens=True).ids
+        return ids
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """Return the ids of a rendered chat template, which holds its special tokens already: none is added.
+
+        Raises:
+            InvalidRequest: the text holds half of a surrogate pair.
+        """
+        ids: list[int] = self._tokenizer.encode(_encodable(text, "messages"), add_special_tokens=False).ids
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ``ids`` without special tokens; ids outside the vocabulary have no text."""
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
+        return text
+
+    def special_texts(self, special: SpecialTokens) -> dict[str, str]:
+        """Return ``bos_token``, ``eos_token`` and ``pad_token`` as a chat template names them, where there are any.
+
+        The first of several end tokens is the one called ``eos_token``.
+        """
+        ids = {"bos_token": special.bos_id, "eos_token": next(iter(special.eos_ids), None), "pad_token": special.pad_id}
+        texts = {name: self._tokenizer.id_to_token(token_id) for name, token_id in ids.items() if token_id is not None}
+        return {name: text for name, text in texts.items() if text is not None}
+
+
+def _load(path: Path) -> tokenizers.Tokenizer:
+    if not path.is_file():
+        raise ArtifactError(path, "is missing")
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises a bare Exception for every bad file
+        raise ArtifactError(path, f"is not a tokenizer ({error})") from error
+    # A tokenizer is often saved with the truncation and padding of its training.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _encodable(text: str, param: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(param, f"is not valid Unicode: half of a surrogate pair at {error.start}") from error
+    return text
