@@ -1,0 +1,1 @@
+"""What every invocation used and cost: records, prices, and the ledger that keeps them."""

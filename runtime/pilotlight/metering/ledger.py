@@ -1,0 +1,163 @@
+"""The usage ledger: ADMIT, then CHECKPOINTs, then exactly one FINAL for every invocation.
+
+Source: docs/architecture.md, "Metering".
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sqlite3
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Self
+
+import msgspec
+
+from pilotlight.errors import ConfigError, PilotlightError, RequestIdInUse, RequestNotFound
+from pilotlight.metering.group_commit import GroupCommit
+from pilotlight.metering.ledger_reader import LedgerReader
+from pilotlight.metering.record import Admission, UsageRecord, final_record
+from pilotlight.metering.schema import connect_writer
+from pilotlight.metering.usage import Timings, Usage
+from pilotlight.request import FinishReason
+
+_ADMIT = "INSERT INTO invocations (request_id, admission) VALUES (?, ?) ON CONFLICT (request_id) DO NOTHING"
+_CHECKPOINT = "UPDATE invocations SET usage = ? WHERE request_id = ? AND record IS NULL"
+_FINISH = "UPDATE invocations SET record = ? WHERE request_id = ? AND record IS NULL"
+_IS_FINISHED = "SELECT 1 FROM invocations WHERE request_id = ? AND event_id = ?"
+_OPEN = "SELECT admission, usage FROM invocations WHERE record IS NULL"
+
+CRASH_DETAIL = "the process ended before the invocation did"
+
+
+class Ledger:
+    """The one writer of a ledger, for asyncio callers; ``LedgerReader`` reads beside it, from any process.
+
+    Open it after forking: a forked child would share its lock and its connection.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Create or open the ledger at ``path``, and close as crashed what a former process left open.
+
+        Raises:
+            StartupError: a newer version of Pilotlight wrote it.
+            ConfigError: another process writes it, or it cannot be opened.
+        """
+        with ExitStack() as opened:
+            lock = _lock(path)
+            opened.callback(os.close, lock)
+            connection = connect_writer(path)
+            opened.callback(connection.close)
+            _close_crashed(connection, path)
+            self._reader = LedgerReader(path)
+            self._commits = GroupCommit(connection)
+            opened.pop_all()
+        self._lock: int | None = lock
+
+    async def admit(self, admission: Admission) -> None:
+        """Open an invocation.
+
+        Raises:
+            RequestIdInUse: the ledger holds the request id already.
+            LedgerUnavailable: nothing was written.
+        """
+        row = (admission.request_id, _json(admission))
+
+        def apply(connection: sqlite3.Connection) -> PilotlightError | None:
+            admitted = connection.execute(_ADMIT, row).rowcount == 1
+            return None if admitted else RequestIdInUse(admission.request_id)
+
+        await self._commits.write(apply)
+
+    async def checkpoint(self, request_id: str, usage: Usage) -> None:
+        """Record what an open invocation has used so far, for the case of a crash.
+
+        Raises:
+            RequestNotFound: no open invocation has that id.
+            LedgerUnavailable: nothing was written.
+        """
+        row = (_json(usage), request_id)
+
+        def apply(connection: sqlite3.Connection) -> PilotlightError | None:
+            return None if connection.execute(_CHECKPOINT, row).rowcount == 1 else _not_open(request_id)
+
+        await self._commits.write(apply)
+
+    async def finish(self, record: UsageRecord) -> None:
+        """End an open invocation by its one record. Writing the same record again changes nothing.
+
+        Raises:
+            RequestNotFound: no open invocation has that id, or it ended by another record.
+            LedgerUnavailable: the record may not have been written; try again.
+        """
+        row = (_json(record), record.request_id)
+
+        def apply(connection: sqlite3.Connection) -> PilotlightError | None:
+            if connection.execute(_FINISH, row).rowcount == 1:
+                return None
+            same = connection.execute(_IS_FINISHED, (record.request_id, record.event_id)).fetchone()
+            return None if same else _not_open(record.request_id)
+
+        await self._commits.write(apply)
+
+    def get(self, request_id: str) -> UsageRecord | None:
+        """Return the record of a finished invocation.
+
+        Raises:
+            LedgerUnavailable: the ledger cannot be read.
+        """
+        return self._reader.get(request_id)
+
+    def close(self) -> None:
+        """Make the waiting writes and let go of the ledger."""
+        if self._lock is not None:
+            self._commits.close()
+            self._reader.close()
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _lock(path: Path) -> int:
+    lock_path = path.with_name(f"{path.name}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise ConfigError(f"{lock_path}: cannot be opened ({error.strerror})") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(lock)
+        raise ConfigError(f"{path}: another process writes this usage ledger ({error.strerror})") from error
+    return lock
+
+
+def _close_crashed(connection: sqlite3.Connection, path: Path) -> None:
+    try:
+        connection.execute("BEGIN IMMEDIATE")
+        rows = [_crashed_row(*row) for row in connection.execute(_OPEN)]
+        connection.executemany(_FINISH, rows)
+        connection.execute("COMMIT")
+    except (sqlite3.Error, msgspec.DecodeError) as error:
+        raise ConfigError(f"{path}: what a crash left open cannot be closed ({error})") from error
+
+
+def _crashed_row(admission: str, usage: str | None) -> tuple[str, str]:
+    admitted = msgspec.json.decode(admission, type=Admission)
+    used = Usage() if usage is None else msgspec.json.decode(usage, type=Usage)
+    return _json(final_record(admitted, used, Timings(), FinishReason.CRASHED, CRASH_DETAIL)), admitted.request_id
+
+
+def _not_open(request_id: str) -> RequestNotFound:
+    return RequestNotFound(f"no open invocation has the request id {request_id!r}")
+
+
+def _json(struct: Admission | Usage | UsageRecord) -> str:
+    return msgspec.json.encode(struct).decode()

@@ -1,0 +1,99 @@
+"""The two ends of an invocation in the ledger: its admission, and its one final usage record."""
+
+from __future__ import annotations
+
+import os
+from datetime import UTC, datetime
+
+import msgspec
+
+from pilotlight.metering.prices import PriceTable
+from pilotlight.metering.usage import Timings, Usage
+from pilotlight.request import FinishReason
+
+SCHEMA_VERSION = 1
+
+
+class Admission(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What is known of an invocation before its first token, and enough to close it after a crash."""
+
+    request_id: str
+    function: str
+    artifact_digest: str
+    precision: str
+    provider: str
+    replica_id: str
+    started_at_utc: str
+    prices: PriceTable
+    attempt: int = 1
+    tenant: str | None = None
+    key_id: str | None = None
+
+
+class UsageRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One invocation, finished. ``usage_record.schema.json`` describes its JSON form.
+
+    ``event_id`` names this record wherever it is sent; ``cost_micros`` is in millionths of ``currency``, by the price
+    table ``price_table_id``. The other fields are those of ``Admission``, ``Usage`` and ``Timings``.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    event_id: str
+    request_id: str
+    attempt: int
+    function: str
+    artifact_digest: str
+    precision: str
+    provider: str
+    replica_id: str
+    tenant: str | None
+    key_id: str | None
+    started_at_utc: str
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    delivered_tokens: int
+    recomputed_tokens: int
+    queue_ms: float
+    cold_start_ms: float
+    prefill_ms: float
+    ttft_ms: float | None
+    decode_ms: float
+    total_ms: float
+    busy_ms: int
+    finish_reason: FinishReason
+    stop_detail: str | None
+    price_table_id: str
+    cost_micros: int
+    currency: str
+
+
+def final_record(
+    admission: Admission,
+    usage: Usage,
+    timings: Timings,
+    finish_reason: FinishReason,
+    stop_detail: str | None = None,
+) -> UsageRecord:
+    """Return the record that ends an invocation, priced by the table it was admitted under.
+
+    ``stop_detail`` says more about the reason: the stop string that was matched, or the error.
+    """
+    fields = msgspec.structs.asdict(admission)
+    prices: PriceTable = fields.pop("prices")
+    return UsageRecord(
+        event_id=os.urandom(16).hex(),
+        finish_reason=finish_reason,
+        stop_detail=stop_detail,
+        price_table_id=prices.id,
+        cost_micros=prices.cost_micros(usage),
+        currency=prices.currency,
+        **fields,
+        **msgspec.structs.asdict(usage),
+        **msgspec.structs.asdict(timings),
+    )
+
+
+def utc_text(instant: datetime) -> str:
+    """Return an instant as records write it; these texts sort like the instants themselves."""
+    return instant.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")

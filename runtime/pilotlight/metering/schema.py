@@ -1,0 +1,105 @@
+"""The ledger's table, and how a database is opened to write or to read it.
+
+One row is one invocation, so a request id that is unique among rows is unique among admissions and records alike. An
+open invocation has no ``record``. The columns after it are extracted from the record by SQLite, so they cannot disagree
+with it.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+from pilotlight.errors import ConfigError, StartupError
+
+LEDGER_VERSION = 1
+
+_TABLE = """
+CREATE TABLE invocations (
+    number INTEGER PRIMARY KEY,
+    request_id TEXT NOT NULL UNIQUE,
+    admission TEXT NOT NULL,
+    usage TEXT,
+    record TEXT,
+    event_id TEXT AS (json_extract(record, '$.event_id')) STORED UNIQUE,
+    function TEXT AS (json_extract(record, '$.function')) STORED,
+    started_at_utc TEXT AS (json_extract(record, '$.started_at_utc')) STORED,
+    currency TEXT AS (json_extract(record, '$.currency')) STORED,
+    prompt_tokens INTEGER AS (json_extract(record, '$.prompt_tokens')) STORED,
+    cached_tokens INTEGER AS (json_extract(record, '$.cached_tokens')) STORED,
+    completion_tokens INTEGER AS (json_extract(record, '$.completion_tokens')) STORED,
+    cost_micros INTEGER AS (json_extract(record, '$.cost_micros')) STORED
+) STRICT
+"""
+_OPEN_INDEX = "CREATE INDEX open_invocations ON invocations (number) WHERE record IS NULL"
+_RECORD_INDEX = "CREATE INDEX records ON invocations (function, started_at_utc) WHERE record IS NOT NULL"
+
+
+def connect_writer(path: Path) -> sqlite3.Connection:
+    """Open the ledger to write, and create it where there is none. The caller holds the lock on it.
+
+    Raises:
+        StartupError: a newer version of Pilotlight wrote it.
+        ConfigError: it cannot be opened or is not a ledger.
+    """
+    try:
+        connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    except sqlite3.Error as error:
+        raise _unusable(path, error) from error
+    try:
+        _prepare(connection, path)
+    except sqlite3.Error as error:
+        connection.close()
+        raise _unusable(path, error) from error
+    except StartupError:
+        connection.close()
+        raise
+    return connection
+
+
+def connect_reader(path: Path) -> sqlite3.Connection:
+    """Open the ledger read-only, beside the process that writes it.
+
+    Raises:
+        StartupError: a newer version of Pilotlight wrote it.
+        ConfigError: there is none, it cannot be opened or it is not a ledger.
+    """
+    if not path.exists():
+        raise ConfigError(f"{path}: there is no usage ledger here")
+    try:
+        uri = f"{path.absolute().as_uri()}?mode=ro"
+        connection = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
+    except sqlite3.Error as error:
+        raise _unusable(path, error) from error
+    try:
+        if _version(connection, path) == 0:
+            raise ConfigError(f"{path}: is not a usage ledger")
+    except sqlite3.Error as error:
+        connection.close()
+        raise _unusable(path, error) from error
+    except StartupError:
+        connection.close()
+        raise
+    return connection
+
+
+def _prepare(connection: sqlite3.Connection, path: Path) -> None:
+    if connection.execute("PRAGMA journal_mode = WAL").fetchone() != ("wal",):
+        raise ConfigError(f"{path}: cannot be a usage ledger, because its file system has no shared memory for SQLite")
+    connection.execute("PRAGMA synchronous = FULL")
+    if _version(connection, path) == 0:
+        connection.execute("BEGIN IMMEDIATE")
+        for statement in (_TABLE, _OPEN_INDEX, _RECORD_INDEX, f"PRAGMA user_version = {LEDGER_VERSION}"):
+            connection.execute(statement)
+        connection.execute("COMMIT")
+
+
+def _version(connection: sqlite3.Connection, path: Path) -> int:
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    if version > LEDGER_VERSION:
+        raise StartupError(f"{path}: has ledger version {version}; this version of Pilotlight reads {LEDGER_VERSION}")
+    return int(version)
+
+
+def _unusable(path: Path, error: sqlite3.Error) -> ConfigError:
+    return ConfigError(f"{path}: cannot be used as a usage ledger ({error})")
