@@ -1,0 +1,207 @@
+"""Chat templates: rendered as transformers renders them, and every failure the request's."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pilotlight.artifact import (
+    CHAT_TEMPLATE,
+    FORMAT_VERSION,
+    Artifact,
+    FileEntry,
+    KvLayout,
+    Manifest,
+    Shapes,
+    Source,
+    SpecialTokens,
+)
+from pilotlight.errors import ArtifactError, InvalidRequest
+from pilotlight.text.chat_template import MAX_REASON_CHARS, MAX_RENDERED_CHARS, ChatTemplate, load_chat_template
+from pilotlight.text.sandbox import compile_template
+
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+def template(source: str, **special_texts: str) -> ChatTemplate:
+    return ChatTemplate(compile_template(source), special_texts)
+
+
+def artifact(folder: Path, chat_template: bytes | None) -> Artifact:
+    files = {}
+    if chat_template is not None:
+        (folder / CHAT_TEMPLATE).write_bytes(chat_template)
+        files[CHAT_TEMPLATE] = FileEntry(sha256="", size_bytes=len(chat_template))
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        source=Source(model="test", revision=None, license=None),
+        family="llama",
+        precision="fp32",
+        recipe={},
+        num_parameters=0,
+        shapes=Shapes(1, 1, 1, 1, 1, 1, 1),
+        special_tokens=SpecialTokens(bos_id=None, eos_ids=[], pad_id=None),
+        kv=KvLayout(dtype="float32"),
+        verification={},
+        files=files,
+        tools={},
+    )
+    return Artifact(folder, manifest, "sha256:test")
+
+
+class TestRendering:
+    def test_messages_special_tokens_and_the_prompt_for_an_answer(self) -> None:
+        source = (
+            "{{ bos_token }}{% for message in messages %}\n"
+            "    {% if message.role == 'user' %}\n"
+            "U: {{ message['content'] }}{{ eos_token }}\n"
+            "    {% endif %}\n"
+            "{% endfor %}\n"
+            "{% if add_generation_prompt %}A:{% endif %}"
+        )
+        assert template(source, bos_token="<s>", eos_token="</s>").render(HELLO) == "<s>U: Hello</s>\nA:"
+
+    def test_tools_are_absent_or_given(self) -> None:
+        tools = template("{{ tools is none }} {{ tools | tojson }}")
+        assert tools.render(HELLO) == "True null"
+        assert tools.render(HELLO, [{"name": "f"}]) == 'False [{"name": "f"}]'
+
+    def test_variables_of_a_request_override_the_usual_ones(self) -> None:
+        source = "{{ enable_thinking }} {{ add_generation_prompt }}"
+        variables = {"enable_thinking": False, "add_generation_prompt": False}
+        assert template(source).render(HELLO, variables=variables) == "False False"
+
+    def test_json_is_not_escaped_for_html_and_takes_its_options(self) -> None:
+        value = {"b": "<é>", "a": 1}
+        source = "{{ v | tojson }} {{ v | tojson(indent=1, sort_keys=true) }} {{ v | tojson(ensure_ascii=true) }}"
+        expected = f"{json.dumps(value, ensure_ascii=False)} {json.dumps(value, ensure_ascii=False, indent=1, sort_keys=True)} {json.dumps(value)}"
+        assert template(source).render(HELLO, variables={"v": value}) == expected
+
+    def test_loop_controls(self) -> None:
+        source = "{% for n in range(9) %}{% if n == 1 %}{% continue %}{% elif n == 3 %}{% break %}{% endif %}{{ n }}{% endfor %}"
+        assert template(source).render(HELLO) == "02"
+
+    def test_the_date_is_formatted_by_the_template(self) -> None:
+        assert template("{{ strftime_now('%%') }}").render(HELLO) == "%"
+
+    def test_a_generation_tag_is_a_scope_and_no_text(self) -> None:
+        source = (
+            "{% set n = 1 %}[{% generation %}{% set n = 2 %}{{ messages[0].content }}{{ n }}{% endgeneration %}]{{ n }}"
+        )
+        assert template(source).render(HELLO) == "[Hello2]1"
+
+    def test_rendering_leaves_nothing_behind(self) -> None:
+        source = "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}"
+        counting = template(source)
+        assert [counting.render(HELLO), counting.render(HELLO * 2)] == ["1", "2"]
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("source", "reason"),
+        [
+            ("{{ raise_exception('roles must\nalternate') }}", "roles must alternate"),
+            ("{{ messages[0].content.parts.text }}", "has no attribute 'parts'"),
+            ("{{ messages[0].content + 1 }}", "can only concatenate str"),
+            ("{{ 1 / 0 }}", "division by zero"),
+            ("{{ messages.append(1) }}", "is not safely callable"),
+            ("{{ ''.__class__.__mro__ }}", "is unsafe"),
+            ("{% for n in range(100001) %}{{ n }}{% endfor %}", "Range too big"),
+            ("{{ strftime_now(1) }}", "strftime"),
+            ("{{ messages | tojson(indent=nothing) }}", "Undefined"),
+            ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "recursion"),
+        ],
+    )
+    def test_a_template_that_fails_is_the_request_s_fault_in_one_line(self, source: str, reason: str) -> None:
+        with pytest.raises(InvalidRequest) as caught:
+            template(source).render(HELLO)
+        assert caught.value.param == "messages"
+        assert caught.value.message.startswith("the chat template refused the messages: ")
+        assert reason in caught.value.message
+        assert "\n" not in caught.value.message
+
+    def test_a_long_reason_is_cut(self) -> None:
+        with pytest.raises(InvalidRequest) as caught:
+            template("{{ raise_exception('x' * 10000) }}").render(HELLO)
+        assert len(caught.value.message) < MAX_REASON_CHARS + 100
+
+    def test_a_rendered_text_is_bounded_before_it_is_whole(self) -> None:
+        rows = (
+            "{% for a in range(100000) %}{% for b in range(100000) %}{{ messages[0].content }}{% endfor %}{% endfor %}"
+        )
+        messages = [{"role": "user", "content": "x" * (MAX_RENDERED_CHARS // 2)}]
+        with pytest.raises(InvalidRequest, match="longer than 4,194,304 characters"):
+            template(rows).render(messages)
+
+    def test_the_longest_text_is_rendered(self) -> None:
+        messages = [{"role": "user", "content": "x" * MAX_RENDERED_CHARS}]
+        assert len(template("{{ messages[0].content }}").render(messages)) == MAX_RENDERED_CHARS
+
+
+class TestLoading:
+    def test_a_template_is_loaded_from_its_artifact(self, tmp_path: Path) -> None:
+        loaded = load_chat_template(artifact(tmp_path, "{{ bos_token }}é".encode()), {"bos_token": "<s>"})
+        assert loaded.render(HELLO) == "<s>é"
+
+    def test_without_a_template_a_request_is_told_where_to_go(self, tmp_path: Path) -> None:
+        with pytest.raises(InvalidRequest, match="has no chat template; use /v1/completions"):
+            load_chat_template(artifact(tmp_path, None), {}).render(HELLO)
+
+    @pytest.mark.parametrize("source", [b"{% if %}", b"{{ x", b"{% nothing %}", b"{{ x | nothing }}"])
+    def test_what_is_not_a_template_is_refused_at_the_start(self, tmp_path: Path, source: bytes) -> None:
+        with pytest.raises(ArtifactError) as caught:
+            load_chat_template(artifact(tmp_path, source), {})
+        assert caught.value.message.startswith(f"{tmp_path / CHAT_TEMPLATE}: is not a chat template (")
+
+    def test_what_is_not_text_is_refused_at_the_start(self, tmp_path: Path) -> None:
+        with pytest.raises(ArtifactError, match="cannot be read"):
+            load_chat_template(artifact(tmp_path, b"\xff"), {})
+
+
+def real_templates(folder: Path) -> Iterator[tuple[str, str]]:
+    for path in sorted(folder.rglob("*.jinja")):
+        yield str(path.relative_to(folder)), path.read_text()
+    for path in sorted(folder.rglob("tokenizer_config.json")):
+        template = json.loads(path.read_text()).get("chat_template")
+        if isinstance(template, str):
+            yield path.parent.name, template
+    for line in (folder / "named_templates.jsonl").read_text().splitlines():
+        yield from json.loads(line).items()
+
+
+def rendered_by_transformers(render: Any, source: str, variables: Mapping[str, Any]) -> str | None:
+    from jinja2 import TemplateError
+
+    try:
+        (rendered,), _ = render([variables["messages"]], chat_template=source, **without(variables, "messages"))
+    except (TemplateError, TypeError):
+        return None
+    return str(rendered)
+
+
+def rendered_here(source: str, variables: Mapping[str, Any]) -> str | None:
+    rest = without(variables, "messages", "tools")
+    try:
+        return template(source).render(variables["messages"], variables.get("tools"), rest)
+    except InvalidRequest:
+        return None
+
+
+def without(variables: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in variables.items() if name not in names}
+
+
+@pytest.mark.parametrize("context", ["minja_simple", "minja_system", "minja_tool_use"])
+def test_real_templates_render_as_in_transformers(shared_data: Path, context: str) -> None:
+    transformers = pytest.importorskip("transformers.utils.chat_template_utils")
+    folder = shared_data / "chat_templates"
+    variables = json.loads((folder / f"{context}.json").read_text())
+    sources = list(real_templates(folder))
+    rendered = {name: rendered_here(source, variables) for name, source in sources}
+    assert rendered == {
+        name: rendered_by_transformers(transformers.render_jinja_template, source, variables)
+        for name, source in sources
+    }
+    assert sum(text is not None for text in rendered.values()) > len(rendered) / 2
