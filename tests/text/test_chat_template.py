@@ -74,14 +74,13 @@ class TestRendering:
         assert template(source).render(HELLO, variables=variables) == "False False"
 
     def test_json_is_not_escaped_for_html_and_takes_its_options(self) -> None:
-        value = {"b": "<é>", "a": 1}
-        source = "{{ v | tojson }} {{ v | tojson(indent=1, sort_keys=true) }} {{ v | tojson(ensure_ascii=true) }}"
-        expected = f"{json.dumps(value, ensure_ascii=False)} {json.dumps(value, ensure_ascii=False, indent=1, sort_keys=True)} {json.dumps(value)}"
-        assert template(source).render(HELLO, variables={"v": value}) == expected
+        filters = "{{ v | tojson }} {{ v | tojson(indent=0, sort_keys=true) }} {{ v | tojson(ensure_ascii=true) }}"
+        rendered = template(filters).render(HELLO, variables={"v": {"b": "<é>", "a": 1}})
+        assert rendered == '{"b": "<é>", "a": 1} {\n"a": 1,\n"b": "<é>"\n} {"b": "<\\u00e9>", "a": 1}'
 
     def test_loop_controls(self) -> None:
-        source = "{% for n in range(9) %}{% if n == 1 %}{% continue %}{% elif n == 3 %}{% break %}{% endif %}{{ n }}{% endfor %}"
-        assert template(source).render(HELLO) == "02"
+        body = "{% if n == 1 %}{% continue %}{% elif n == 3 %}{% break %}{% endif %}{{ n }}"
+        assert template(f"{{% for n in range(9) %}}{body}{{% endfor %}}").render(HELLO) == "02"
 
     def test_the_date_is_formatted_by_the_template(self) -> None:
         assert template("{{ strftime_now('%%') }}").render(HELLO) == "%"
@@ -106,11 +105,11 @@ class TestRefusals:
             ("{{ messages[0].content.parts.text }}", "has no attribute 'parts'"),
             ("{{ messages[0].content + 1 }}", "can only concatenate str"),
             ("{{ 1 / 0 }}", "division by zero"),
-            ("{{ messages.append(1) }}", "is not safely callable"),
+            ("{{ messages.append(1) }}", "is unsafe"),
             ("{{ ''.__class__.__mro__ }}", "is unsafe"),
             ("{% for n in range(100001) %}{{ n }}{% endfor %}", "Range too big"),
             ("{{ strftime_now(1) }}", "strftime"),
-            ("{{ messages | tojson(indent=nothing) }}", "Undefined"),
+            ("{{ messages | tojson(indent=nothing) }}", "'nothing' is undefined"),
             ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "recursion"),
         ],
     )
@@ -199,9 +198,7 @@ def test_real_templates_render_as_in_transformers(shared_data: Path, context: st
     folder = shared_data / "chat_templates"
     variables = json.loads((folder / f"{context}.json").read_text())
     sources = list(real_templates(folder))
-    rendered = {name: rendered_here(source, variables) for name, source in sources}
-    assert rendered == {
-        name: rendered_by_transformers(transformers.render_jinja_template, source, variables)
-        for name, source in sources
-    }
-    assert sum(text is not None for text in rendered.values()) > len(rendered) / 2
+    rendered = [(name, rendered_here(source, variables)) for name, source in sources]
+    render = transformers.render_jinja_template
+    assert rendered == [(name, rendered_by_transformers(render, source, variables)) for name, source in sources]
+    assert sum(text is not None for _, text in rendered) > len(rendered) / 2

@@ -41,7 +41,10 @@ class Detokenizer:
         return text
 
     def finish(self) -> str:
-        """Return what is held, without the incomplete character at its end."""
+        """Return what is held, without the incomplete character at its end.
+
+        A U+FFFD which the model itself wrote there looks the same, and is dropped too.
+        """
         text = self._held_text().rstrip(REPLACEMENT)
         self._held_ids = []
         return text
