@@ -1,0 +1,48 @@
+"""The command line of the export; ``pilotlight export`` hands over to it."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+
+import click
+
+from pilotlight.errors import PilotlightError
+
+PRECISIONS = ("fp32", "int8", "int4")
+
+
+@click.command(name="pilotlight export", context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("model")
+@click.option("--precision", type=click.Choice(PRECISIONS), default="int4", show_default=True, help="Of the weights.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Directory of the artifact.  [default: artifacts/NAME-PRECISION]",
+)
+@click.option("--revision", help="Branch, tag or commit of a model on the hub.")
+def main(model: str, precision: str, out: Path | None, revision: str | None) -> None:
+    """Export MODEL, a Hugging Face hub id or a directory, into a verified artifact.
+
+    An artifact that exists at the target already is replaced once the new one is complete.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    from pilotlight_export.export import export_model
+
+    target = out or default_target(model, precision)
+    try:
+        export_model(model, target, precision=precision, revision=revision)
+    except PilotlightError as error:
+        click.echo(f"pilotlight export: {error.message}", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        click.echo("pilotlight export: interrupted; nothing was written", err=True)
+        sys.exit(1)
+    click.echo(target)
+
+
+def default_target(model: str, precision: str) -> Path:
+    """Return where an artifact goes if nobody says otherwise, named after the model's last part."""
+    name = Path(model).resolve().name if Path(model).is_dir() else model.rsplit("/", 1)[-1]
+    return Path("artifacts") / f"{name}-{precision}"

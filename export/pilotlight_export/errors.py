@@ -1,0 +1,50 @@
+"""Why an export ends without an artifact; each is one line for a person.
+
+StartupError                     (pilotlight.errors)
+└── ExportError
+    ├── SourceError              the model is missing, incomplete or damaged
+    ├── UnsupportedModel         the model is sound but cannot be exported
+    ├── FusionError              the exported graph is not shaped as its family says
+    ├── VerificationError        the artifact does not compute what the model computes
+    └── TargetError              the artifact cannot be written where it was asked for
+"""
+
+from __future__ import annotations
+
+from pilotlight.errors import StartupError
+
+
+class ExportError(StartupError):
+    """No artifact was written."""
+
+    code = "export_failed"
+
+
+class SourceError(ExportError):
+    """The model is missing, incomplete or damaged."""
+
+    code = "source_invalid"
+
+
+class UnsupportedModel(ExportError):
+    """The model is sound but cannot be exported; the line names what was found and what is supported."""
+
+    code = "model_unsupported"
+
+
+class FusionError(ExportError):
+    """The exported graph is not shaped as its family says."""
+
+    code = "fusion_failed"
+
+
+class VerificationError(ExportError):
+    """The artifact does not compute what the model computes."""
+
+    code = "verification_failed"
+
+
+class TargetError(ExportError):
+    """The artifact cannot be written where it was asked for."""
+
+    code = "target_invalid"

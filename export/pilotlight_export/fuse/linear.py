@@ -1,0 +1,94 @@
+"""Projections and the embedding, freed from the layout that the exporter gave them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from pilotlight_export.fuse.graph import ABSTRACT, add_lazy_initializer, add_node, is_weight, operand, scope
+
+
+def fuse_linears(graph: ir.Graph) -> None:
+    """Replace every product with a transposed weight by ``Linear(x, weight, bias)``, named after its module.
+
+    Shapes:
+        weight [N, K], bias [N], x [..., K], output [..., N]
+    """
+    for node in list(graph):
+        weight = _transposed_weight(node)
+        if weight is not None:
+            _replace_product(graph, node, weight)
+
+
+def fuse_embeddings(graph: ir.Graph, token_ids: ir.Value) -> None:
+    """Replace the look-up of the token ids by ``Embedding(weight, ids)``.
+
+    Shapes:
+        weight [V, hidden], ids [B, T], output [B, T, hidden]
+    """
+    for node in list(graph):
+        if node.op_type == "Gather" and operand(node, 1) is token_ids and is_weight(node.inputs[0]):
+            embedding = add_node(graph, "Embedding", node.inputs, name=scope(node), domain=ABSTRACT)
+            node.outputs[0].replace_all_uses_with(embedding.outputs[0])
+
+
+def pack_linears(graph: ir.Graph, linears: Sequence[ir.Node], name: str) -> ir.Node:
+    """Return one ``Linear`` whose outputs are those of several with the same input, side by side.
+
+    One wide product reads its input once and is faster in decode; its columns are computed exactly as before.
+    """
+    weight = _concatenated(graph, [operand(linear, 1) for linear in linears], f"{name}.weight")
+    biases = [linear.inputs[2] for linear in linears if len(linear.inputs) > 2]
+    inputs = [operand(linears[0], 0), weight]
+    if biases:
+        inputs.append(_concatenated(graph, [_bias_or_zeros(graph, linear) for linear in linears], f"{name}.bias"))
+    return add_node(graph, "Linear", inputs, name=f"/{name.replace('.', '/')}", domain=ABSTRACT)
+
+
+def _transposed_weight(node: ir.Node) -> ir.Value | None:
+    if node.op_type != "MatMul":
+        return None
+    transpose = operand(node, 1).producer()
+    if transpose is None or transpose.op_type != "Transpose" or not is_weight(transpose.inputs[0]):
+        return None
+    return transpose.inputs[0]
+
+
+def _replace_product(graph: ir.Graph, product: ir.Node, weight: ir.Value) -> None:
+    bias_add = _bias_add(product)
+    inputs = [operand(product, 0), weight]
+    replaced = product
+    if bias_add is not None:
+        inputs.append(next(value for value in bias_add.inputs if value is not None and is_weight(value)))
+        replaced = bias_add
+    linear = add_node(graph, "Linear", inputs, name=scope(product), domain=ABSTRACT)
+    replaced.outputs[0].replace_all_uses_with(linear.outputs[0], replace_graph_outputs=True)
+
+
+def _bias_add(product: ir.Node) -> ir.Node | None:
+    for node in product.outputs[0].consumers():
+        if node.op_type == "Add" and scope(node) == scope(product) and any(is_weight(value) for value in node.inputs):
+            return node
+    return None
+
+
+def _bias_or_zeros(graph: ir.Graph, linear: ir.Node) -> ir.Value:
+    if len(linear.inputs) > 2:
+        return operand(linear, 2)
+    shape = operand(linear, 1).shape
+    assert shape is not None
+    zeros = np.zeros(int(shape[0]), np.float32)
+    return ir.val(f"{linear.name}/zero_bias", const_value=ir.tensor(zeros), shape=ir.Shape(zeros.shape))
+
+
+def _concatenated(graph: ir.Graph, values: Sequence[ir.Value], name: str) -> ir.Value:
+    tensors = [value.const_value for value in values if value.const_value is not None]
+    rows = sum(int(tensor.shape[0]) for tensor in tensors)
+    shape = ir.Shape([rows, *(int(size) for size in list(tensors[0].shape)[1:])])
+
+    def concatenate() -> ir.Tensor:
+        return ir.Tensor(np.concatenate([tensor.numpy() for tensor in tensors]), name=name)
+
+    return add_lazy_initializer(graph, ir.LazyTensor(concatenate, ir.DataType.FLOAT, shape, name=name))
