@@ -1,0 +1,91 @@
+"""The usage record and its JSON form."""
+
+import importlib.resources
+import json
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+
+import msgspec
+import pytest
+from hatchling.builders.wheel import WheelBuilder
+
+from pilotlight.metering.prices import PriceTable
+from pilotlight.metering.record import SCHEMA_VERSION, Admission, UsageRecord, final_record, utc_text
+from pilotlight.metering.usage import Timings, Usage
+from pilotlight.request import FinishReason
+
+REPO = Path(__file__).parents[2]
+SCHEMA = "usage_record.schema.json"
+
+ADMISSION = Admission(
+    request_id="req-1",
+    function="demo",
+    artifact_digest="sha256:1",
+    precision="int4",
+    provider="cpu",
+    replica_id="replica-1",
+    started_at_utc="2026-11-22T10:00:00.000000Z",
+    prices=PriceTable.from_config({"id": "autumn", "currency": "EUR", "completion_per_million_tokens": "2"}),
+)
+
+
+def test_a_record_holds_what_was_admitted_used_timed_and_charged() -> None:
+    usage = Usage(
+        prompt_tokens=5, cached_tokens=1, completion_tokens=3, delivered_tokens=2, recomputed_tokens=4, busy_ms=7
+    )
+    timings = Timings(queue_ms=1, cold_start_ms=2, prefill_ms=3, ttft_ms=4, decode_ms=5, total_ms=15)
+    record = final_record(ADMISSION, usage, timings, FinishReason.STOP, "\n\n")
+    assert msgspec.to_builtins(record) == {
+        "schema_version": SCHEMA_VERSION,
+        "event_id": record.event_id,
+        "request_id": "req-1",
+        "attempt": 1,
+        "function": "demo",
+        "artifact_digest": "sha256:1",
+        "precision": "int4",
+        "provider": "cpu",
+        "replica_id": "replica-1",
+        "tenant": None,
+        "key_id": None,
+        "started_at_utc": "2026-11-22T10:00:00.000000Z",
+        "prompt_tokens": 5,
+        "cached_tokens": 1,
+        "completion_tokens": 3,
+        "delivered_tokens": 2,
+        "recomputed_tokens": 4,
+        "queue_ms": 1,
+        "cold_start_ms": 2,
+        "prefill_ms": 3,
+        "ttft_ms": 4,
+        "decode_ms": 5,
+        "total_ms": 15,
+        "busy_ms": 7,
+        "finish_reason": "stop",
+        "stop_detail": "\n\n",
+        "price_table_id": "autumn",
+        "cost_micros": 6,
+        "currency": "EUR",
+    }
+
+
+def test_every_record_is_an_event_of_its_own() -> None:
+    records = [final_record(ADMISSION, Usage(), Timings(), FinishReason.STOP) for _ in range(100)]
+    assert len({record.event_id for record in records}) == 100
+
+
+def test_the_schema_in_the_repository_is_the_record_s() -> None:
+    published = json.loads(importlib.resources.files("pilotlight.metering").joinpath(SCHEMA).read_text())
+    assert published.pop("$schema") == "https://json-schema.org/draft/2020-12/schema"
+    assert published == msgspec.json.schema(UsageRecord)
+
+
+def test_the_schema_is_part_of_the_wheel() -> None:
+    included = {file.distribution_path for file in WheelBuilder(str(REPO)).recurse_included_files()}
+    assert f"pilotlight/metering/{SCHEMA}" in included
+
+
+@pytest.mark.parametrize("offset_hours", [-11, 0, 9])
+def test_instants_are_written_in_utc(offset_hours: int) -> None:
+    zone = timezone(timedelta(hours=offset_hours))
+    instant = datetime(2026, 1, 2, 3, 4, 5, 600, tzinfo=zone) + timedelta(hours=offset_hours)
+    assert utc_text(instant) == "2026-01-02T03:04:05.000600Z"
