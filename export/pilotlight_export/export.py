@@ -13,18 +13,14 @@ from pilotlight_export.fuse import fuse
 from pilotlight_export.lower import lower
 from pilotlight_export.pack import check_target, copy_texts, move_into_place, seal, workplace
 from pilotlight_export.progress import Progress
-from pilotlight_export.prompts import Prompts
 from pilotlight_export.quantize import RECIPES, Recipe
-from pilotlight_export.source import Source, open_source
+from pilotlight_export.source import Source, check_block_size, open_source
 from pilotlight_export.trace import trace
-from pilotlight_export.verify import (
-    Passage,
-    Reference,
-    check_parity,
-    measure_fidelity,
-    measure_parity,
-    sample_passages,
-)
+from pilotlight_export.verify.fidelity import measure_fidelity
+from pilotlight_export.verify.parity import check_parity, measure_parity
+from pilotlight_export.verify.passages import Passage, sample_passages
+from pilotlight_export.verify.prompts import Prompts
+from pilotlight_export.verify.reference import Reference
 
 ARTIFACT = "artifact"
 Figures = dict[str, str | int | float | bool]
@@ -51,6 +47,8 @@ def export_model(
     check_target(target)
     with progress.stage("Source") as stage:
         source = open_source(model, revision)
+        for _, scheme in RECIPES[precision].rules:
+            check_block_size(source.config, scheme.block_size)
         stage.outcome = f"{source.family.name}, {source.num_parameters / 1e6:,.1f} million parameters"
     with workplace(target) as directory:
         manifest = _build(source, RECIPES[precision], directory, progress)

@@ -33,7 +33,7 @@ class Scheme:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Which weights are quantized how: the first rule whose pattern fits a weight's name decides, else it stays float32."""
+    """Which weights are quantized how: the first rule whose pattern fits a name decides; others stay float32."""
 
     precision: str
     rules: tuple[tuple[str, Scheme], ...] = ()
@@ -126,15 +126,22 @@ def _full_range_scales(blocks: Floats, scheme: Scheme) -> Floats:
 
 
 def _round(blocks: Floats, scales: Floats, scheme: Scheme) -> Floats:
-    inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales != 0)
-    return np.clip(np.rint(blocks * inverse), -scheme.zero_point, scheme.zero_point - 1)
+    inverse = _ratio(np.ones_like(scales), scales)
+    integers: Floats = np.clip(np.rint(blocks * inverse), -scheme.zero_point, scheme.zero_point - 1)
+    return integers
 
 
 def _refit(blocks: Floats, scales: Floats, scheme: Scheme) -> Floats:
     integers = _round(blocks, scales, scheme)
     power = (integers * integers).sum(axis=-1, keepdims=True)
     fit = (integers * blocks).sum(axis=-1, keepdims=True)
-    return np.divide(fit, power, out=np.zeros_like(fit), where=power != 0)
+    return _ratio(fit, power)
+
+
+def _ratio(dividend: Floats, divisor: Floats) -> Floats:
+    """Divide, and give zero for blocks that are all zero."""
+    ratio: Floats = np.divide(dividend, divisor, out=np.zeros_like(dividend), where=divisor != 0)
+    return ratio
 
 
 def _error(blocks: Floats, scales: Floats, scheme: Scheme) -> Floats:
@@ -146,4 +153,4 @@ def _error(blocks: Floats, scales: Floats, scheme: Scheme) -> Floats:
 def _pack(integers: Bytes, scheme: Scheme) -> Bytes:
     if scheme.bits == 8:
         return integers
-    return integers[..., 0::2] | (integers[..., 1::2] << 4)
+    return np.bitwise_or(integers[..., 0::2], np.left_shift(integers[..., 1::2], 4), dtype=np.uint8)

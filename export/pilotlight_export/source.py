@@ -17,7 +17,6 @@ from pilotlight_export.safetensors_headers import count_parameters
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 SMALL_FILES = ["*.json", "*.jinja", "LICENSE*", "LICENCE*", "README.md", "tokenizer.model"]
 HEAD_SIZE_STEP = 16
-BLOCK_SIZE = 32
 
 
 @dataclass(frozen=True)
@@ -76,6 +75,25 @@ def read_shapes(config: dict[str, Any]) -> Shapes:
         raise SourceError(f"config.json has no {error.args[0]}") from error
     except (TypeError, ValueError, ZeroDivisionError) as error:
         raise SourceError(f"config.json has a malformed dimension ({error})") from error
+
+
+def check_block_size(config: dict[str, Any], block_size: int) -> None:
+    """Check that the rows of every weight divide into blocks.
+
+    Raises:
+        UnsupportedModel: a dimension is not a multiple of the block size.
+    """
+    shapes = read_shapes(config)
+    widths = {
+        "hidden_size": shapes.hidden_size,
+        "intermediate_size": int(config["intermediate_size"]),
+        "num_attention_heads * head_dim": shapes.num_heads * shapes.head_size,
+    }
+    for name, width in widths.items():
+        if width % block_size:
+            raise UnsupportedModel(
+                f"{name} {width} is not a multiple of the quantization block of {block_size}; only fp32 is possible"
+            )
 
 
 def read_special_tokens(config: dict[str, Any], generation: dict[str, Any]) -> SpecialTokens:
@@ -179,6 +197,11 @@ def _check_weights_format(config: dict[str, Any]) -> None:
 
 
 def _check_rotary(config: dict[str, Any]) -> None:
+    if "rope_parameters" in config and "rope_theta" not in config:
+        raise UnsupportedModel(
+            "config.json has the rope_parameters of transformers 5, which the exporter's transformers 4 would ignore; "
+            "write them as rope_theta and rope_scaling"
+        )
     supported = FAMILIES[config["architectures"][0]].rope_types
     scaling = config.get("rope_scaling") or {}
     found = scaling.get("rope_type", scaling.get("type", "default"))
@@ -205,7 +228,7 @@ def _check_tokenizer(directory: Path, shapes: Shapes) -> None:
     path = directory / "tokenizer.json"
     if not path.exists():
         raise SourceError(f"{path}: is missing; a tokenizer in the format of the tokenizers library is needed")
-    from tokenizers import Tokenizer
+    from tokenizers import Tokenizer  # type: ignore[import-untyped]
 
     try:
         vocabulary = Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)

@@ -1,8 +1,9 @@
-"""Fusion: from Optimum's graph to the few nodes that ONNX Runtime runs fast, with the interface of ``pilotlight.artifact``.
+"""Fusion: from Optimum's graph to the few nodes that ONNX Runtime runs fast, as ``pilotlight.artifact`` declares them.
 
-The exported graph is edited, not rebuilt: what no fusion recognises stays as it is, so nothing that a model computes can
-be lost unnoticed. Projections are found by the module paths that the exporter leaves in node names, norms and activations
-by their shape. The result still has abstract ``Linear`` and ``Embedding`` nodes; ``lower`` gives them their precision.
+The exported graph is edited, not rebuilt: what no fusion recognises stays as it is, so nothing that a model computes
+can be lost unnoticed. Projections are found by the module paths that the exporter leaves in node names, norms and
+activations by their shape. The result still has abstract ``Linear`` and ``Embedding`` nodes; ``lower`` gives them their
+precision.
 """
 
 from __future__ import annotations

@@ -95,6 +95,12 @@ def add_node(
     return ir.node(op_type, inputs, attributes, domain=domain, outputs=values, graph=graph, name=name)
 
 
+def weight_shape(weight: ir.Value) -> tuple[int, ...]:
+    """Return the sizes of an initializer, without reading it."""
+    assert weight.const_value is not None
+    return tuple(int(size) for size in weight.const_value.shape.numpy())
+
+
 def add_initializer(graph: ir.Graph, name: str, array: Array) -> ir.Value:
     """Register a small constant that the fusion made itself."""
     value = ir.val(name, const_value=ir.tensor(array, name=name))

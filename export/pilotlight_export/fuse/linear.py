@@ -7,7 +7,17 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from pilotlight_export.fuse.graph import ABSTRACT, add_lazy_initializer, add_node, is_weight, operand, scope
+from pilotlight_export.fuse.graph import (
+    ABSTRACT,
+    add_initializer,
+    add_lazy_initializer,
+    add_node,
+    array_of,
+    is_weight,
+    operand,
+    scope,
+    weight_shape,
+)
 
 
 def fuse_linears(graph: ir.Graph) -> None:
@@ -77,18 +87,14 @@ def _bias_add(product: ir.Node) -> ir.Node | None:
 def _bias_or_zeros(graph: ir.Graph, linear: ir.Node) -> ir.Value:
     if len(linear.inputs) > 2:
         return operand(linear, 2)
-    shape = operand(linear, 1).shape
-    assert shape is not None
-    zeros = np.zeros(int(shape[0]), np.float32)
-    return ir.val(f"{linear.name}/zero_bias", const_value=ir.tensor(zeros), shape=ir.Shape(zeros.shape))
+    return add_initializer(graph, f"{linear.name}/zeros", np.zeros(weight_shape(operand(linear, 1))[0], np.float32))
 
 
-def _concatenated(graph: ir.Graph, values: Sequence[ir.Value], name: str) -> ir.Value:
-    tensors = [value.const_value for value in values if value.const_value is not None]
-    rows = sum(int(tensor.shape[0]) for tensor in tensors)
-    shape = ir.Shape([rows, *(int(size) for size in list(tensors[0].shape)[1:])])
+def _concatenated(graph: ir.Graph, weights: Sequence[ir.Value], name: str) -> ir.Value:
+    shapes = [weight_shape(weight) for weight in weights]
+    shape = ir.Shape([sum(sizes[0] for sizes in shapes), *shapes[0][1:]])
 
-    def concatenate() -> ir.Tensor:
-        return ir.Tensor(np.concatenate([tensor.numpy() for tensor in tensors]), name=name)
+    def concatenate() -> ir.TensorProtocol:
+        return ir.tensor(np.concatenate([array_of(weight) for weight in weights]), name=name)
 
     return add_lazy_initializer(graph, ir.LazyTensor(concatenate, ir.DataType.FLOAT, shape, name=name))

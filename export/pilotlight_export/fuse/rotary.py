@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from pilotlight_export.errors import FusionError
@@ -15,7 +16,7 @@ from pilotlight_export.fuse.graph import Array, add_initializer, constant, opera
 class Rotation:
     """How a model turns queries and keys: radians per position for each pair of channels, and a scale on top."""
 
-    frequencies: Array
+    frequencies: npt.NDArray[np.float32]
     scale: float
 
 

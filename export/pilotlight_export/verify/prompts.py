@@ -1,4 +1,4 @@
-"""The text that every export is verified on: questions as users ask them, and prose for long contexts. All of it is ours."""
+"""The text that every export is verified on: questions as users ask them, and prose for long contexts."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ class Prompts:
         with quiet():
             from transformers import AutoTokenizer
 
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(str(model_dir), local_files_only=True)
+            load: Any = AutoTokenizer.from_pretrained
+            self._tokenizer: Any = load(str(model_dir), local_files_only=True)
 
     def questions(self, max_tokens: int) -> list[list[int]]:
         """Return each question as the model would be asked it, cut to ``max_tokens``."""

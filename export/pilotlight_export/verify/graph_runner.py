@@ -22,7 +22,10 @@ class GraphRunner:
         import onnxruntime
 
         onnxruntime.set_default_logger_severity(3)
-        self._session: Any = onnxruntime.InferenceSession(str(graph_path), providers=["CPUExecutionProvider"])
+        options = onnxruntime.SessionOptions()
+        # PyTorch runs between two runs of this session: threads that spin would hold its cores.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        self._session: Any = onnxruntime.InferenceSession(str(graph_path), options, providers=["CPUExecutionProvider"])
         self._num_layers = shapes.num_layers
         self._cache_tokens = cache_tokens
         row_shape = (shapes.num_kv_heads, cache_tokens, shapes.head_size)

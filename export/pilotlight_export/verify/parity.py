@@ -1,0 +1,113 @@
+"""Parity, a condition of every export: the fused fp32 graph's logits are those of transformers.
+
+They are compared in one pass, in chunks, over the full context, and step by step beside other rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pilotlight.artifact import Shapes
+from pilotlight_export.errors import VerificationError
+from pilotlight_export.verify.figures import rounded
+from pilotlight_export.verify.graph_runner import GraphRunner, Logits
+from pilotlight_export.verify.passages import NUM_ANSWERS_PER_QUESTION, Passage
+from pilotlight_export.verify.prompts import Prompts
+from pilotlight_export.verify.reference import Reference
+
+MAX_LOGIT_DIFFERENCE = 1e-3
+MAX_CONTEXT_TOKENS = 2048
+NUM_COMPARED_ROWS = 4
+NUM_COMPARED_POSITIONS = 64
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Largest absolute differences between the fp32 graph's logits and those of transformers."""
+
+    prefill_max_abs_difference: float
+    chunked_prefill_max_abs_difference: float
+    batched_decode_max_abs_difference: float
+    full_context_max_abs_difference: float
+    full_context_tokens: int
+
+    @property
+    def largest_difference(self) -> float:
+        """The largest of them all; not a number if any is not."""
+        return float(np.max([value for name, value in asdict(self).items() if name.endswith("difference")]))
+
+
+def measure_parity(
+    graph_path: Path, reference: Reference, shapes: Shapes, passages: Sequence[Passage], prompts: Prompts
+) -> Parity:
+    """Compare the fp32 graph with transformers in every way in which the runtime runs it, up to the full context."""
+    compared = passages[: len(passages) // NUM_ANSWERS_PER_QUESTION]
+    num_tokens = min(shapes.max_context_tokens, MAX_CONTEXT_TOKENS)
+    prose = prompts.prose(num_tokens)
+    return Parity(
+        prefill_max_abs_difference=_prefill_difference(graph_path, reference, shapes, compared),
+        chunked_prefill_max_abs_difference=_chunked_difference(graph_path, reference, shapes, prose[: num_tokens // 2]),
+        batched_decode_max_abs_difference=_decode_difference(graph_path, reference, shapes, compared),
+        full_context_max_abs_difference=_full_context_difference(graph_path, reference, shapes, prose),
+        full_context_tokens=num_tokens,
+    )
+
+
+def check_parity(parity: Parity) -> None:
+    """Refuse a graph that differs from its model.
+
+    Raises:
+        VerificationError: a logit differs by more than ``MAX_LOGIT_DIFFERENCE``, or is not a number.
+    """
+    if not parity.largest_difference <= MAX_LOGIT_DIFFERENCE:
+        raise VerificationError(
+            f"the fp32 graph's logits differ from PyTorch's by {parity.largest_difference:.2g}; "
+            f"allowed is {MAX_LOGIT_DIFFERENCE:g}"
+        )
+
+
+def _prefill_difference(graph_path: Path, reference: Reference, shapes: Shapes, passages: Sequence[Passage]) -> float:
+    runner = GraphRunner(graph_path, shapes, 1, max(len(passage.tokens) for passage in passages))
+    differences = []
+    for passage in passages:
+        positions = range(len(passage.tokens))
+        expected = reference.logits(passage.tokens, positions)
+        differences.append(_difference(expected, runner.prefill([passage.tokens], [positions])))
+    return max(differences)
+
+
+def _chunked_difference(graph_path: Path, reference: Reference, shapes: Shapes, tokens: Sequence[int]) -> float:
+    """Read a text in two chunks, the second on a cache that holds the first."""
+    first_chunk = max(len(tokens) - NUM_COMPARED_POSITIONS, 1)
+    runner = GraphRunner(graph_path, shapes, 1, len(tokens))
+    runner.prefill([tokens[:first_chunk]], [[]])
+    expected = reference.logits(tokens, range(first_chunk, len(tokens)))
+    return _difference(expected, runner.extend(tokens[first_chunk:]))
+
+
+def _decode_difference(graph_path: Path, reference: Reference, shapes: Shapes, passages: Sequence[Passage]) -> float:
+    """Feed a few answers step by step, all rows at once, each with its own length."""
+    rows = sorted(passages, key=lambda passage: len(passage.answer))[-NUM_COMPARED_ROWS:]
+    num_steps = len(rows[0].answer)
+    expected = [reference.logits(row.tokens, row.answer_positions[:num_steps]) for row in rows]
+    runner = GraphRunner(graph_path, shapes, len(rows), max(len(row.tokens) for row in rows))
+    logits = runner.prefill([row.question for row in rows], [[len(row.question) - 1] for row in rows])
+    differences = []
+    for step in range(num_steps):
+        differences.append(_difference(np.stack([row[step] for row in expected]), logits))
+        logits = runner.decode(np.array([row.answer[step] for row in rows]))
+    return max(differences)
+
+
+def _full_context_difference(graph_path: Path, reference: Reference, shapes: Shapes, tokens: Sequence[int]) -> float:
+    positions = np.unique(np.linspace(0, len(tokens) - 1, NUM_COMPARED_POSITIONS).astype(int)).tolist()
+    runner = GraphRunner(graph_path, shapes, 1, len(tokens))
+    return _difference(reference.logits(tokens, positions), runner.prefill([tokens], [positions]))
+
+
+def _difference(expected: Logits, found: Logits) -> float:
+    return rounded(np.abs(expected - found).max())

@@ -1,0 +1,70 @@
+"""``python -m pilotlight_export``: options, exit statuses, and one line for each failure."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from pilotlight_export.cli import default_target, main
+from pilotlight_export.errors import VerificationError
+
+
+def test_help_needs_no_heavy_import() -> None:
+    code = "import sys, pilotlight_export.cli; print(sorted({'torch', 'onnx_ir', 'numpy'} & set(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "[]\n"
+
+
+def test_help_names_every_option() -> None:
+    result = CliRunner().invoke(main, ["--help"])
+    assert result.exit_code == 0
+    assert "Usage: pilotlight export [OPTIONS] MODEL" in result.output
+    assert all(option in result.output for option in ("--precision", "--out", "--revision", "[fp32|int8|int4]"))
+
+
+@pytest.mark.parametrize("arguments", [[], ["model", "--precision", "int2"], ["model", "--colour", "red"]])
+def test_wrong_usage_is_status_2(arguments: list[str]) -> None:
+    assert CliRunner().invoke(main, arguments).exit_code == 2
+
+
+def test_a_bad_model_is_status_1_and_one_line(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "pilotlight_export", str(tmp_path / "nowhere"), "--out", str(out)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert run.stdout == ""
+    assert (
+        run.stderr
+        == f"pilotlight export: {tmp_path}/nowhere: no such directory, and not the id of a model on the hub\n"
+    )
+    assert not out.exists()
+
+
+def test_a_failure_late_in_the_export_is_status_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise VerificationError("the logits differ")
+
+    monkeypatch.setattr("pilotlight_export.export.export_model", fail)
+    result = CliRunner().invoke(main, [str(tmp_path), "--out", str(tmp_path / "out")])
+    assert result.exit_code == 1
+    assert result.stderr == "pilotlight export: the logits differ\n"
+
+
+def test_an_interrupt_is_status_1_without_a_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pilotlight_export.export.export_model", interrupt)
+    result = CliRunner().invoke(main, [str(tmp_path)])
+    assert result.exit_code == 1
+    assert result.stderr == "pilotlight export: interrupted; nothing was written\n"
+
+
+def test_artifacts_are_named_after_the_model(tmp_path: Path) -> None:
+    assert default_target("HuggingFaceTB/SmolLM2-135M", "int4") == Path("artifacts/SmolLM2-135M-int4")
+    (tmp_path / "mine").mkdir()
+    assert default_target(f"{tmp_path}/mine/", "fp32") == Path("artifacts/mine-fp32")
