@@ -10,6 +10,7 @@
     │   ├── FunctionNotFound         404
     │   ├── RequestNotFound          404
     │   ├── RequestIdInUse           409
+    │   ├── RequestCancelled         499
     │   └── BodyTooLarge             413
     ├── CapacityError                try again later: 503, with Retry-After
     │   ├── QueueFull
@@ -118,6 +119,16 @@ class RequestIdInUse(RequestError):
 
     def __init__(self, request_id: str) -> None:
         super().__init__(f"an invocation with the request id {request_id!r} exists already; send a fresh x-request-id")
+
+
+class RequestCancelled(RequestError):
+    """The generation was ended on request before it was complete; what was generated is metered."""
+
+    status = 499
+    code = "request_cancelled"
+
+    def __init__(self) -> None:
+        super().__init__("the request was cancelled; what was generated until then is metered")
 
 
 class BodyTooLarge(RequestError):

@@ -100,18 +100,22 @@ class Engine:
         self._emit([self._end(active, TokenEvent(None, now, FinishReason.CANCELLED)) for active in actives])
 
     def _step(self, plan: StepPlan) -> list[Event]:
-        """Run both halves on the slots as planned, and only then commit, since a commit may move slots."""
-        decoded = self._decode(plan.decode) if plan.decode else []
-        prefilled = self._prefill(plan.prefill) if plan.prefill else None
-        now = time.monotonic()
-        events = []
-        for active, token_id in zip(plan.decode, decoded, strict=True):
+        """Run both halves on the slots as planned, commit all their tokens, and only then let go of what ended.
+
+        Letting go moves slots, by the number of tokens that each of them holds.
+        """
+        outcomes = list(zip(plan.decode, self._decode(plan.decode), strict=True)) if plan.decode else []
+        for active, token_id in outcomes:
             if isinstance(token_id, int):
                 self._scheduler.commit_decode(active, token_id)
-            events.append(self._event(active, token_id, now))
         if plan.prefill is not None:
-            events += self._commit_prefill(plan.prefill, prefilled, now)
-        return events
+            first = self._prefill(plan.prefill)
+            if not isinstance(first, Exception):
+                self._scheduler.commit_prefill(plan.prefill, first)
+            if first is not None:
+                outcomes.append((plan.prefill.active, first))
+        now = time.monotonic()
+        return [self._event(active, token_id, now) for active, token_id in outcomes]
 
     def _decode(self, actives: tuple[Active, ...]) -> list[int | Exception]:
         token_ids = np.array([active.tokens[-1] for active in actives], np.int64)
@@ -132,12 +136,6 @@ class Engine:
             return self._sample(logits, (active,))[0] if chunk.completes_prompt else None
         except Exception as error:  # noqa: BLE001 - as above
             return error
-
-    def _commit_prefill(self, chunk: PrefillChunk, token_id: int | Exception | None, now: float) -> list[Event]:
-        if isinstance(token_id, Exception):
-            return [self._event(chunk.active, token_id, now)]
-        self._scheduler.commit_prefill(chunk, token_id)
-        return [] if token_id is None else [self._event(chunk.active, token_id, now)]
 
     def _sample(self, logits: Logits, actives: tuple[Active, ...]) -> list[int]:
         rows = [self._sampling_row(active, logits.shape[1]) for active in actives]

@@ -26,7 +26,7 @@ class FakeSession:
         vocab_size: int = 512,
         num_slots: int = 4,
         max_context_tokens: int = 64,
-        before_run: Callable[[], None] = lambda: None,
+        before_run: Callable[[], object] = lambda: None,
     ) -> None:
         self.vocab_size = vocab_size
         self.num_slots = num_slots

@@ -1,0 +1,1 @@
+"""HTTP: the wire formats that app backends speak, on top of functions."""

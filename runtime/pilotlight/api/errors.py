@@ -1,0 +1,54 @@
+"""The one place where errors become HTTP: the OpenAI envelope, its status and its headers."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import msgspec
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from pilotlight.errors import CapacityError, EngineError, PilotlightError, RequestIdInUse
+
+logger = logging.getLogger("pilotlight.api")
+
+
+def error_body(error: PilotlightError) -> bytes:
+    """Return ``{"error": {message, type, param, code}}``."""
+    envelope = {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
+    return msgspec.json.encode({"error": envelope})
+
+
+def error_response(error: PilotlightError) -> Response:
+    headers = {}
+    if isinstance(error, CapacityError):
+        headers["retry-after"] = str(math.ceil(error.retry_after_s))
+    if isinstance(error, EngineError | RequestIdInUse):
+        # The SDKs retry 409 and 500 by themselves; these were billed, or would fail the same way.
+        headers["x-should-retry"] = "false"
+    return Response(error_body(error), error.status, headers, "application/json")
+
+
+async def on_pilotlight_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, PilotlightError)
+    return error_response(error)
+
+
+async def on_http_exception(request: Request, error: Exception) -> Response:
+    """Answer for routes and methods that don't exist."""
+    assert isinstance(error, HTTPException)
+    answer = PilotlightError(f"{request.method} {request.url.path}: {error.detail.lower()}")
+    answer.status, answer.type, answer.code = error.status_code, "invalid_request_error", "not_found"
+    if error.status_code == 405:
+        answer.code = "method_not_allowed"
+    response = error_response(answer)
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def on_unexpected_error(request: Request, error: Exception) -> Response:
+    """Log a defect of ours with its traceback; the client learns only that there was one."""
+    logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    return error_response(EngineError("an internal error occurred"))

@@ -1,0 +1,93 @@
+"""Prometheus metrics, under the names that other model servers use (vLLM's, with our prefix)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from pilotlight.function import Function
+from pilotlight.metering.record import UsageRecord
+from pilotlight.request import Signals
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+TTFT_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+TOKEN_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+
+GAUGES: dict[str, tuple[str, Callable[[Signals], float]]] = {
+    "pilotlight_num_requests_waiting": ("Requests in the queue.", lambda s: s.num_waiting),
+    "pilotlight_num_requests_running": ("Requests in a slot.", lambda s: s.num_running),
+    "pilotlight_slots_used_ratio": ("Share of the slots in use.", lambda s: s.num_running / s.num_slots),
+    "pilotlight_prefill_backlog_tokens": ("Prompt tokens not yet computed.", lambda s: s.num_prefill_backlog_tokens),
+    "pilotlight_kv_used_bytes": ("KV cache in use.", lambda s: s.kv_used_bytes),
+    "pilotlight_kv_reserved_bytes": ("KV cache allocated.", lambda s: s.kv_reserved_bytes),
+}
+
+
+class Metrics:
+    """One registry: counters and histograms fed by functions, gauges read from their backends when scraped."""
+
+    def __init__(self) -> None:
+        registry = self._registry = CollectorRegistry()
+        of = ("function",)
+        self._invocations = Counter(
+            "pilotlight_invocations", "Finished invocations.", (*of, "finish_reason"), registry=registry
+        )
+        self._prompt_tokens = Counter("pilotlight_prompt_tokens", "Prompt tokens metered.", of, registry=registry)
+        self._generation_tokens = Counter("pilotlight_generation_tokens", "Tokens generated.", of, registry=registry)
+        self._ttft = Histogram(
+            "pilotlight_time_to_first_token_seconds",
+            "Receipt to first token.",
+            of,
+            registry=registry,
+            buckets=TTFT_BUCKETS_S,
+        )
+        self._gap = Histogram(
+            "pilotlight_inter_token_latency_seconds",
+            "Between two tokens.",
+            of,
+            registry=registry,
+            buckets=TOKEN_BUCKETS_S,
+        )
+        self._latency = Histogram(
+            "pilotlight_e2e_request_latency_seconds",
+            "Receipt to record.",
+            of,
+            registry=registry,
+            buckets=TTFT_BUCKETS_S,
+        )
+
+    def token(self, function: str, gap_s: float | None) -> None:
+        self._generation_tokens.labels(function).inc()
+        if gap_s is not None:
+            self._gap.labels(function).observe(gap_s)
+
+    def finished(self, record: UsageRecord) -> None:
+        self._invocations.labels(record.function, record.finish_reason.value).inc()
+        self._prompt_tokens.labels(record.function).inc(record.prompt_tokens)
+        self._latency.labels(record.function).observe(record.total_ms / 1000)
+        if record.ttft_ms is not None:
+            self._ttft.labels(record.function).observe(record.ttft_ms / 1000)
+
+    def watch(self, functions: Mapping[str, Function]) -> None:
+        """Report the gauges of these functions from now on."""
+        self._registry.register(_Gauges(functions))
+
+    def render(self) -> bytes:
+        """Return the text exposition format."""
+        return generate_latest(self._registry)
+
+
+class _Gauges(Collector):
+    def __init__(self, functions: Mapping[str, Function]) -> None:
+        self._functions = functions
+
+    def collect(self) -> Iterable[Metric]:
+        signals = {name: function.backend.signals() for name, function in self._functions.items()}
+        for name, (description, value) in GAUGES.items():
+            family = GaugeMetricFamily(name, description, labels=["function"])
+            for function, of_function in signals.items():
+                family.add_metric([function], value(of_function))
+            yield family

@@ -1,0 +1,141 @@
+"""Settings: frozen, read once per entry point. Explicit option over environment over file over default."""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from pilotlight.errors import ConfigError
+
+Positive = Annotated[int, Meta(ge=1)]
+Port = Annotated[int, Meta(ge=0, le=65535)]
+T = TypeVar("T", bound=msgspec.Struct)
+
+FUNCTION_NAME = r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}"
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+class HostSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``[host]``: where the server listens and what it keeps."""
+
+    address: str = "127.0.0.1"
+    port: Port = 8080
+    ledger: str = "pilotlight.db"
+    max_body_bytes: Positive = 4 * 1024 * 1024
+    drain_timeout_s: Annotated[float, Meta(ge=0)] = 10.0
+
+
+class FunctionSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``[functions.NAME]``: one artifact and how much work it takes at a time.
+
+    ``max_context_tokens`` and ``num_threads`` left out mean the model's own context and the machine's cores.
+    ``prices`` are decimal strings, see ``metering.prices``.
+    """
+
+    artifact: str
+    num_slots: Positive = 8
+    max_context_tokens: Positive | None = None
+    max_queued_requests: Annotated[int, Meta(ge=0)] = 64
+    max_chunk_tokens: Positive = 128
+    num_threads: Positive | None = None
+    prices: dict[str, str] = {}
+
+
+class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """All of ``pilotlight.toml``."""
+
+    host: HostSettings = HostSettings()
+    functions: dict[str, FunctionSettings] = {}
+
+
+def load_settings(path: Path | None, environment: Mapping[str, str] = os.environ, **options: object) -> Settings:
+    """Merge defaults, the file, the environment and the given ``[host]`` options (None means not given).
+
+    Raises:
+        ConfigError: the file is missing or malformed, or a key or a value is not what was expected.
+    """
+    origin = str(path) if path is not None else "settings"
+    content = _read(path) if path is not None else {}
+    for key in content:
+        if key not in ("host", "functions"):
+            raise ConfigError(f"{origin}: unknown key {key} = {content[key]!r}; expected one of host, functions")
+    given = {key: value for key, value in options.items() if value is not None}
+    from_file = _table(content.get("host", {}), origin, "host")
+    host = _parse({**from_file, **_from_environment(environment), **given}, HostSettings, origin, "host")
+    if host.address not in LOOPBACK:
+        raise ConfigError(
+            f"{origin}: host.address is {host.address!r}; without keys the server listens on loopback only "
+            f"({', '.join(LOOPBACK)})"
+        )
+    functions = {
+        _function_name(name, origin): _parse(table, FunctionSettings, origin, f"functions.{name}")
+        for name, table in _table(content.get("functions", {}), origin, "functions").items()
+    }
+    return Settings(host, functions)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: is not valid TOML ({error})") from error
+
+
+def _from_environment(environment: Mapping[str, str]) -> dict[str, object]:
+    """Read PILOTLIGHT_ADDRESS and so on, and the platforms' own PORT."""
+    found: dict[str, object] = {}
+    if "PORT" in environment:
+        found["port"] = _number("PORT", environment["PORT"], int)
+    for field in msgspec.structs.fields(HostSettings):
+        name = f"PILOTLIGHT_{field.name.upper()}"
+        if name in environment:
+            kind = type(field.default)
+            value = environment[name]
+            found[field.name] = value if kind is str else _number(name, value, kind)
+    return found
+
+
+def _number(name: str, value: str, kind: type[int] | type[float]) -> int | float:
+    try:
+        return kind(value)
+    except ValueError as error:
+        raise ConfigError(f"{name} is {value!r}; expected a number") from error
+
+
+def _table(value: object, origin: str, name: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ConfigError(f"{origin}: {name} is {value!r}; expected a table [{name}]")
+    return value
+
+
+def _function_name(name: str, origin: str) -> str:
+    if not re.fullmatch(FUNCTION_NAME, name):
+        raise ConfigError(f"{origin}: function name {name!r}; expected letters, digits and . _ / -, 128 at most")
+    return name
+
+
+def _parse(value: object, struct: type[T], origin: str, name: str) -> T:
+    """Convert one table, naming key, value and expectation where that fails."""
+    table = _table(value, origin, name)
+    known = [field.name for field in msgspec.structs.fields(struct)]
+    for key in table:
+        if key not in known:
+            raise ConfigError(
+                f"{origin}: unknown key {name}.{key} = {table[key]!r}; expected one of {', '.join(known)}"
+            )
+    try:
+        return msgspec.convert(table, struct)
+    except msgspec.ValidationError as error:
+        expectation, _, place = str(error).replace("`", "").partition(" - at $.")
+        key = place.partition("[")[0]
+        found = f"{name}.{key} is {table[key]!r}" if key in table else name
+        raise ConfigError(f"{origin}: {found}; {expectation[:1].lower()}{expectation[1:]}") from error

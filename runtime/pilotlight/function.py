@@ -1,0 +1,410 @@
+"""A function: one artifact behind a name. It takes an invocation from the parsed request to its usage record.
+
+template → tokenize → submit and admit → token events → text → commit, and only then the client's last frame. The task
+that runs an invocation belongs to the function and not to the client's connection, so a client that leaves can end the
+generation but never the metering.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Mapping
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Protocol
+
+import msgspec
+
+from pilotlight.artifact import GENERATION_CONFIG, Artifact
+from pilotlight.errors import (
+    ArtifactError,
+    ContextLengthExceeded,
+    Draining,
+    EngineError,
+    InvalidRequest,
+    PilotlightError,
+    RequestIdInUse,
+)
+from pilotlight.metering.ledger import Ledger
+from pilotlight.metering.prices import PriceTable
+from pilotlight.metering.record import Admission, UsageRecord, final_record, utc_text
+from pilotlight.metering.usage import Timings, Usage
+from pilotlight.request import FinishReason, SamplingParams, Sequence, Signals, TokenEvent
+from pilotlight.text.chat_template import load_chat_template
+from pilotlight.text.detokenizer import TextStream
+from pilotlight.text.tokenizer import Tokenizer
+
+MAX_INLINE_CHARACTERS = 4096
+"""Longer texts are tokenized on another thread, so that they don't hold up the streams of others."""
+
+
+class Backend(Protocol):
+    """Where sequences are generated: the engine in this process, or a pool of replicas."""
+
+    def submit(self, sequence: Sequence) -> AsyncIterator[TokenEvent]:
+        """Reserve a place at once and return the events; the last one carries a finish reason."""
+
+    def abort(self, sequence_id: str) -> None:
+        """Have a sequence end as cancelled before the next step."""
+
+    def signals(self) -> Signals:
+        """Return the load after the last step."""
+
+    async def close(self) -> None:
+        """Cancel what runs and deliver the last events."""
+
+
+class Observer(Protocol):
+    """Told what happens, for metrics; it must not block."""
+
+    def token(self, function: str, gap_s: float | None) -> None:
+        """One token was generated, ``gap_s`` after its predecessor (None for the first)."""
+
+    def finished(self, record: UsageRecord) -> None:
+        """An invocation's record was committed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a client asked for, parsed and checked. ``messages`` or ``text`` or ``token_ids`` is the prompt."""
+
+    id: str
+    messages: Items[Mapping[str, Any]] | None = None
+    text: str | None = None
+    token_ids: tuple[int, ...] | None = None
+    max_new_tokens: int | None = None
+    stop_strings: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    received_at: float = field(default_factory=time.monotonic)
+
+    @property
+    def prompt_param(self) -> str:
+        """The name of the parameter that a client would have to change."""
+        return "messages" if self.messages is not None else "prompt"
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What one token added to the answer; the text is empty while it could still be part of a stop string."""
+
+    text: str
+    token_ids: tuple[int, ...]
+
+
+class Invocation:
+    """One running request on a function. Iterate over it for the answer; after that it has a ``record``."""
+
+    def __init__(self, function: Function, request: Request, num_prompt_tokens: int) -> None:
+        self.request = request
+        self.num_prompt_tokens = num_prompt_tokens
+        self.num_delivered_tokens = 0
+        self.record: UsageRecord | None = None
+        self.admitted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.function = function
+        self._deltas: asyncio.Queue[Delta | PilotlightError | None] = asyncio.Queue()
+
+    async def __aiter__(self) -> AsyncIterator[Delta]:
+        """Yield the answer as it is generated; ends when the usage record is durable.
+
+        Raises:
+            EngineError: the model run failed; what was generated is metered.
+            LedgerUnavailable: the usage record could not be written.
+        """
+        while True:
+            item = await self._deltas.get()
+            if item is None:
+                return
+            if isinstance(item, PilotlightError):
+                raise item
+            self.num_delivered_tokens += len(item.token_ids)
+            yield item
+
+    def cancel(self) -> None:
+        """End the generation within a step; what was generated is metered. Harmless when it has ended."""
+        self.function.cancel(self.request.id)
+
+    def push(self, item: Delta | PilotlightError | None) -> None:
+        self._deltas.put_nowait(item)
+
+
+@dataclass(slots=True)
+class _Progress:
+    """What the record is made of, gathered while an invocation runs. Instants are monotonic."""
+
+    received_at: float
+    submitted_at: float
+    cold_start_ms: float
+    num_completion_tokens: int = 0
+    num_delivered_tokens: int = 0
+    prefill_started_at: float | None = None
+    first_token_at: float | None = None
+    last_token_at: float | None = None
+    finish: FinishReason = FinishReason.ERROR
+    stop_detail: str | None = None
+
+    def count(self, event: TokenEvent) -> float | None:
+        """Count one token and return the seconds since its predecessor."""
+        previous, self.last_token_at = self.last_token_at, event.at
+        self.num_completion_tokens += 1
+        if previous is None:
+            self.first_token_at = event.at
+            self.prefill_started_at = event.prefill_started_at
+            return None
+        return event.at - previous
+
+    def timings(self) -> Timings:
+        """Return the stages' durations up to now."""
+        prefill_at, first_at, last_at = self.prefill_started_at, self.first_token_at, self.last_token_at
+        if prefill_at is None or first_at is None or last_at is None:
+            return Timings(cold_start_ms=self.cold_start_ms, total_ms=_ms(time.monotonic() - self.received_at))
+        return Timings(
+            queue_ms=_ms(prefill_at - self.submitted_at),
+            cold_start_ms=self.cold_start_ms,
+            prefill_ms=_ms(first_at - prefill_at),
+            ttft_ms=_ms(first_at - self.received_at),
+            decode_ms=_ms(last_at - first_at),
+            total_ms=_ms(time.monotonic() - self.received_at),
+        )
+
+
+class Function:
+    """An artifact's text side, its backend and its meter, under the name that clients call ``model``."""
+
+    def __init__(
+        self,
+        name: str,
+        artifact: Artifact,
+        backend: Backend,
+        ledger: Ledger,
+        prices: PriceTable,
+        *,
+        max_context_tokens: int,
+        observer: Observer | None = None,
+    ) -> None:
+        self.name = name
+        self.artifact = artifact
+        self.backend = backend
+        self.prices = prices
+        self.max_context_tokens = max_context_tokens
+        self.created_at_utc = datetime.now(UTC)
+        self.replica_id = f"{name}-{secrets.token_hex(4)}"
+        self._ledger = ledger
+        self._observer: Observer = observer or _Unobserved()
+        self._tokenizer = Tokenizer(artifact.tokenizer_path)
+        special_tokens = artifact.manifest.special_tokens
+        self._template = load_chat_template(artifact, self._tokenizer.special_texts(special_tokens))
+        self._default_sampling = _default_sampling(artifact)
+        self._stop_ids = frozenset(special_tokens.eos_ids)
+        self.cold_start_ms = 0.0
+        self._cold_start_to_report_ms = 0.0
+        self._running: dict[str, asyncio.Task[None]] = {}
+        self.draining = False
+
+    def started(self, cold_start_ms: float) -> None:
+        """Note how long the start took; the first invocation's record reports it."""
+        self.cold_start_ms = self._cold_start_to_report_ms = cold_start_ms
+
+    async def invoke(self, request: Request) -> Invocation:
+        """Check a request, submit it and return its running invocation.
+
+        Raises:
+            InvalidRequest: the prompt or a parameter is not acceptable for this function.
+            ContextLengthExceeded: the prompt leaves no room for an answer.
+            QueueFull: no place is free.
+            RequestIdInUse: the ledger holds an invocation of that id.
+            LedgerUnavailable: the invocation cannot be metered, so it is not served.
+            Draining: the function is being closed.
+        """
+        if self.draining:
+            raise Draining
+        prompt_ids = await self._prompt_ids(request)
+        sequence = self._sequence(request, prompt_ids)
+        if request.id in self._running:
+            raise RequestIdInUse(request.id)
+        events = self.backend.submit(sequence)
+        invocation = Invocation(self, request, len(prompt_ids))
+        task = asyncio.create_task(self._run(invocation, events), name=f"invocation {request.id}")
+        self._running[request.id] = task
+        task.add_done_callback(lambda _: self._running.pop(request.id, None))
+        try:
+            await asyncio.shield(invocation.admitted)
+        except asyncio.CancelledError:
+            invocation.cancel()
+            raise
+        return invocation
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    def cancel(self, request_id: str) -> bool:
+        """End a running invocation as cancelled; False when there is none of that id."""
+        if request_id not in self._running:
+            return False
+        self.backend.abort(request_id)
+        return True
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take no more requests; give the running ones a while, then cancel them and wait for their records."""
+        self.draining = True
+        if self._running:
+            await asyncio.wait(self._running.values(), timeout=timeout_s)
+        for request_id in list(self._running):
+            self.cancel(request_id)
+        await asyncio.gather(*self._running.values())
+
+    async def close(self) -> None:
+        """End what still runs, with its record, and stop the backend."""
+        await self.drain(timeout_s=0)
+        await self.backend.close()
+
+    async def _prompt_ids(self, request: Request) -> tuple[int, ...]:
+        if request.token_ids is not None:
+            return self._checked_ids(request.token_ids)
+        if request.messages is not None:
+            text = self._template.render(request.messages)
+            encode = self._tokenizer.encode_rendered
+        else:
+            text = request.text or ""
+            encode = self._tokenizer.encode_prompt
+        token_ids = encode(text) if len(text) <= MAX_INLINE_CHARACTERS else await asyncio.to_thread(encode, text)
+        if not token_ids:
+            raise InvalidRequest(request.prompt_param, "the prompt is empty")
+        return tuple(token_ids)
+
+    def _checked_ids(self, token_ids: tuple[int, ...]) -> tuple[int, ...]:
+        vocab_size = self.artifact.manifest.shapes.vocab_size
+        if not token_ids:
+            raise InvalidRequest("prompt", "the prompt is empty")
+        if not all(0 <= token_id < vocab_size for token_id in token_ids):
+            raise InvalidRequest("prompt", f"token ids must lie between 0 and {vocab_size - 1}")
+        return token_ids
+
+    def _sequence(self, request: Request, prompt_ids: tuple[int, ...]) -> Sequence:
+        room = self.max_context_tokens - len(prompt_ids)
+        if room < 1:
+            raise ContextLengthExceeded(len(prompt_ids), self.max_context_tokens, request.prompt_param)
+        sampling = SamplingParams(**{"seed": secrets.randbits(63), **self._default_sampling, **request.sampling})
+        beyond = [token_id for token_id in sampling.logit_bias if token_id >= self.artifact.manifest.shapes.vocab_size]
+        if beyond:
+            raise InvalidRequest("logit_bias", f"logit_bias names token {beyond[0]}, which is not in the vocabulary")
+        return Sequence(
+            id=request.id,
+            prompt_ids=prompt_ids,
+            max_new_tokens=min(request.max_new_tokens or room, room),
+            stop_ids=frozenset() if request.ignore_eos else self._stop_ids,
+            sampling=sampling,
+        )
+
+    async def _run(self, invocation: Invocation, events: AsyncIterator[TokenEvent]) -> None:
+        """Carry one invocation to its record. The prefill runs while the admission becomes durable."""
+        request = invocation.request
+        cold_start_ms, self._cold_start_to_report_ms = self._cold_start_to_report_ms, 0.0
+        progress = _Progress(request.received_at, time.monotonic(), cold_start_ms)
+        admission = self._admission(request)
+        try:
+            await self._ledger.admit(admission)
+        except PilotlightError as error:
+            await self._discard(request.id, events)
+            invocation.admitted.set_exception(error)
+            return
+        invocation.admitted.set_result(None)
+        try:
+            failure = await self._generate(invocation, events, progress)
+            usage = _usage(invocation, progress)
+            record = final_record(admission, usage, progress.timings(), progress.finish, progress.stop_detail)
+            await self._ledger.finish(record)
+            self._observer.finished(record)
+            invocation.record = record
+            invocation.push(failure)
+        except PilotlightError as error:
+            invocation.push(error)
+
+    async def _generate(
+        self, invocation: Invocation, events: AsyncIterator[TokenEvent], progress: _Progress
+    ) -> EngineError | None:
+        """Turn token events into deltas; a failed run is returned, since it is metered like any other end."""
+        stream = TextStream(self._tokenizer, invocation.request.stop_strings)
+        async for event in events:
+            if stream.stopped_by is not None:
+                continue  # was under way when the stop string was found: neither billed nor delivered
+            if event.token_id is not None:
+                self._observer.token(self.name, progress.count(event))
+                invocation.push(_delta(stream, event))
+            if stream.stopped_by is not None:
+                progress.finish, progress.stop_detail = FinishReason.STOP, stream.stopped_by
+                self.backend.abort(invocation.request.id)
+            elif event.finish is not None:
+                progress.finish, progress.stop_detail = event.finish, event.error
+        if progress.finish is FinishReason.ERROR:
+            return EngineError("the model run failed; what was generated until then is metered")
+        return None
+
+    async def _discard(self, request_id: str, events: AsyncIterator[TokenEvent]) -> None:
+        self.backend.abort(request_id)
+        async for _ in events:
+            pass
+
+    def _admission(self, request: Request) -> Admission:
+        return Admission(
+            request_id=request.id,
+            function=self.name,
+            artifact_digest=self.artifact.digest,
+            precision=self.artifact.manifest.precision,
+            provider="cpu",
+            replica_id=self.replica_id,
+            started_at_utc=utc_text(datetime.now(UTC)),
+            prices=self.prices,
+        )
+
+
+class _Unobserved:
+    """The observer of a function that nobody watches."""
+
+    def token(self, function: str, gap_s: float | None) -> None:
+        pass
+
+    def finished(self, record: UsageRecord) -> None:
+        pass
+
+
+def _delta(stream: TextStream, event: TokenEvent) -> Delta:
+    """Return what a token adds; the token that ends an answer has no text of its own, but releases what was held."""
+    assert event.token_id is not None
+    text = "" if event.finish is FinishReason.STOP else stream.push(event.token_id)
+    if event.finish is not None:
+        text += stream.finish()
+    return Delta(text, (event.token_id,))
+
+
+def _usage(invocation: Invocation, progress: _Progress) -> Usage:
+    timings = progress.timings()
+    left_early = progress.finish is FinishReason.CANCELLED
+    return Usage(
+        prompt_tokens=invocation.num_prompt_tokens if progress.prefill_started_at is not None else 0,
+        completion_tokens=progress.num_completion_tokens,
+        delivered_tokens=invocation.num_delivered_tokens if left_early else progress.num_completion_tokens,
+        busy_ms=round(timings.prefill_ms + timings.decode_ms),
+    )
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1000, 3)
+
+
+def _default_sampling(artifact: Artifact) -> dict[str, Any]:
+    """Read the sampling defaults that the model's authors recommend; ``do_sample: false`` means greedy."""
+    path = artifact.path / GENERATION_CONFIG
+    try:
+        config = msgspec.json.decode(artifact.optional_text(GENERATION_CONFIG) or "{}", type=dict[str, Any])
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ArtifactError(path, f"is not a generation config ({error})") from error
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    defaults = {name: config[name] for name in names if config.get(name) is not None}
+    if config.get("do_sample") is False:
+        defaults["temperature"] = 0.0
+    return defaults

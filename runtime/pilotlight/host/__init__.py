@@ -1,0 +1,1 @@
+"""Where functions live: today in this process; scale to zero comes here."""

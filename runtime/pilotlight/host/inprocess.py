@@ -1,0 +1,59 @@
+"""A function whose engine runs in this process: on one machine, for one prompt, and on the serverless platforms."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+from pilotlight.artifact import Artifact, open_artifact
+from pilotlight.config import FunctionSettings
+from pilotlight.engine.backend import EngineBackend
+from pilotlight.engine.session import OnnxSession
+from pilotlight.errors import ConfigError
+from pilotlight.function import Function, Observer
+from pilotlight.metering.ledger import Ledger
+from pilotlight.metering.prices import PriceTable
+
+
+def open_function(name: str, settings: FunctionSettings, ledger: Ledger, observer: Observer | None = None) -> Function:
+    """Verify an artifact, load it and start its engine on the running event loop.
+
+    Raises:
+        ArtifactError: the artifact is damaged or cannot be loaded.
+        ConfigError: a setting does not fit the artifact.
+    """
+    prices = PriceTable.from_config(settings.prices, f"functions.{name}.prices")
+    artifact = open_artifact(Path(settings.artifact))
+    artifact.verify()
+    max_context_tokens = _max_context_tokens(name, settings, artifact)
+    num_threads = settings.num_threads or len(os.sched_getaffinity(0))
+    session = OnnxSession(artifact, settings.num_slots, max_context_tokens, num_threads)
+    backend = EngineBackend(session, settings.max_queued_requests, settings.max_chunk_tokens)
+    function = Function(
+        name, artifact, backend, ledger, prices, max_context_tokens=max_context_tokens, observer=observer
+    )
+    backend.start()
+    function.started(_process_age_ms())
+    return function
+
+
+def _process_age_ms() -> float:
+    """Return how long ago this process was started, in milliseconds, where the system tells (else 0)."""
+    try:
+        started_ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        uptime_s = time.clock_gettime(time.CLOCK_BOOTTIME)
+    except (OSError, AttributeError):
+        return 0.0
+    return max(0.0, round((uptime_s - started_ticks / os.sysconf("SC_CLK_TCK")) * 1000, 3))
+
+
+def _max_context_tokens(name: str, settings: FunctionSettings, artifact: Artifact) -> int:
+    longest = artifact.manifest.shapes.max_context_tokens
+    if settings.max_context_tokens is None:
+        return longest
+    if settings.max_context_tokens > longest:
+        raise ConfigError(
+            f"functions.{name}.max_context_tokens is {settings.max_context_tokens}; the model's context is {longest}"
+        )
+    return settings.max_context_tokens

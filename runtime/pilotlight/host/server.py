@@ -1,0 +1,106 @@
+"""The server process: owns the socket, the functions and the ledger, and ends them in the right order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import uvicorn
+
+from pilotlight.api.app import Api
+from pilotlight.api.metrics import Metrics
+from pilotlight.config import HostSettings, Settings
+from pilotlight.errors import ConfigError
+from pilotlight.function import Function
+from pilotlight.host.inprocess import open_function
+from pilotlight.metering.ledger import Ledger
+
+CLOSE_TIMEOUT_S = 5
+"""How long a connection may take to close after its stream was ended."""
+
+OnReady = Callable[[str, Mapping[str, Function]], None]
+
+
+def run(settings: Settings, on_ready: OnReady) -> None:
+    """Serve the functions of ``settings`` until SIGTERM or SIGINT, then drain. ``on_ready`` gets the base URL.
+
+    Raises:
+        StartupError: the address is taken, or a function or the ledger cannot be opened.
+    """
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        runner.run(_serve(settings, on_ready))
+
+
+async def _serve(settings: Settings, on_ready: OnReady) -> None:
+    # the port first: a start in vain should not load a model
+    with _bind(settings.host) as listener, Ledger(Path(settings.host.ledger)) as ledger:
+        metrics = Metrics()
+        functions: dict[str, Function] = {}
+        try:
+            for name, of_function in settings.functions.items():
+                functions[name] = open_function(name, of_function, ledger, metrics)
+            metrics.watch(functions)
+            app = Api(functions, ledger, metrics, settings.host.max_body_bytes).app()
+            on_ready(_url(listener, settings.host.address), functions)
+            await _Server(app, functions, settings.host.drain_timeout_s).serve(sockets=[listener])
+        finally:
+            for function in functions.values():
+                await function.close()
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, app: object, functions: Mapping[str, Function], drain_timeout_s: float) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,  # type: ignore[arg-type]
+                log_config=None,
+                access_log=False,
+                lifespan="off",
+                server_header=False,
+                timeout_graceful_shutdown=int(drain_timeout_s) + CLOSE_TIMEOUT_S,
+            )
+        )
+        self._functions = functions
+        self._drain_timeout_s = drain_timeout_s
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Exit in order on a signal. Uvicorn's own way raises it again, which would cut off what comes after."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self.handle_exit, number, None)
+        yield
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Let running streams finish for a while and end the others, while uvicorn waits for their connections."""
+        drains = asyncio.gather(*(function.drain(self._drain_timeout_s) for function in self._functions.values()))
+        await super().shutdown(sockets)
+        await drains
+
+
+def _bind(host: HostSettings) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host.address else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host.address, host.port))
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"cannot listen on {host.address}:{host.port}: {error.strerror}") from error
+    return listener
+
+
+def _url(listener: socket.socket, address: str) -> str:
+    return f"http://{f'[{address}]' if ':' in address else address}:{listener.getsockname()[1]}"
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    try:
+        import uvloop
+    except ImportError:  # not made for Windows
+        return None
+    return uvloop.new_event_loop

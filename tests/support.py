@@ -1,0 +1,147 @@
+"""What several test modules build on: a toy artifact, and the API over a function with the fake session."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+from starlette.types import ASGIApp
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from pilotlight.api.app import Api
+from pilotlight.api.metrics import Metrics
+from pilotlight.artifact import (
+    CHAT_TEMPLATE,
+    GENERATION_CONFIG,
+    GRAPH,
+    MANIFEST,
+    TOKENIZER,
+    WEIGHTS,
+    Artifact,
+    FileEntry,
+    KvLayout,
+    Manifest,
+    Shapes,
+    Source,
+    SpecialTokens,
+    sha256_of,
+)
+from pilotlight.engine.backend import EngineBackend
+from pilotlight.engine.fake import FakeSession, next_token
+from pilotlight.function import Function
+from pilotlight.metering.ledger import Ledger
+from pilotlight.metering.prices import PriceTable
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+VOCAB_SIZE = 258
+EOS_ID = 257
+MAX_BODY_BYTES = 100_000
+PRICES = {"prompt_per_million_tokens": "1000000", "completion_per_million_tokens": "2000000"}
+
+
+def toy_tokenizer() -> Tokenizer:
+    """One token a byte, and two special tokens; token ids 0 to 255 decode to arbitrary bytes."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={char: index for index, char in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken("<|im_start|>", special=True), AddedToken("<|im_end|>", special=True)])
+    return tokenizer
+
+
+def toy_manifest(files: dict[str, FileEntry], **changes: Any) -> Manifest:
+    fields: dict[str, Any] = {
+        "format_version": 1,
+        "source": Source("toy", None, "Apache-2.0"),
+        "family": "llama",
+        "precision": "fp32",
+        "recipe": {},
+        "num_parameters": 1,
+        "shapes": Shapes(1, 1, 1, 16, 16, VOCAB_SIZE, 64),
+        "special_tokens": SpecialTokens(None, [EOS_ID], None),
+        "kv": KvLayout("float32"),
+        "verification": {},
+        "files": files,
+        "tools": {},
+    }
+    return Manifest(**{**fields, **changes})
+
+
+def write_artifact(path: Path, **changes: Any) -> Path:
+    """Write an artifact whose graph is no graph, for everything above the session."""
+    path.mkdir(parents=True)
+    toy_tokenizer().save(str(path / TOKENIZER))
+    (path / CHAT_TEMPLATE).write_text(CHATML)
+    (path / GENERATION_CONFIG).write_text('{"do_sample": false}')
+    (path / GRAPH).write_bytes(b"no graph")
+    (path / WEIGHTS).write_bytes(b"no weights")
+    files = {file.name: FileEntry(sha256_of(file), file.stat().st_size) for file in sorted(path.iterdir())}
+    (path / MANIFEST).write_bytes(toy_manifest(files, **changes).encode())
+    return path
+
+
+@dataclass(frozen=True)
+class Serving:
+    """The API over one toy function called ``toy``."""
+
+    app: ASGIApp
+    client: httpx.AsyncClient
+    function: Function
+    ledger: Ledger
+    session: FakeSession
+
+    async def chat(self, content: str = "hi", headers: dict[str, str] | None = None, **params: Any) -> httpx.Response:
+        body = {"model": "toy", "messages": [{"role": "user", "content": content}], **params}
+        return await self.client.post("/v1/chat/completions", content=json.dumps(body), headers=headers)
+
+    async def complete(self, prompt: object = "hi", **params: Any) -> httpx.Response:
+        return await self.client.post("/v1/completions", json={"model": "toy", "prompt": prompt, **params})
+
+
+@asynccontextmanager
+async def serving(
+    artifact: Artifact, directory: Path, session: FakeSession | None = None, max_queued_requests: int = 8
+) -> AsyncIterator[Serving]:
+    session = session or FakeSession(VOCAB_SIZE)
+    backend = EngineBackend(session, max_queued_requests, max_chunk_tokens=8)
+    metrics = Metrics()
+    with Ledger(directory / "usage.db") as ledger:
+        prices = PriceTable.from_config(PRICES)
+        function = Function(
+            "toy", artifact, backend, ledger, prices, max_context_tokens=session.max_context_tokens, observer=metrics
+        )
+        backend.start()
+        metrics.watch({"toy": function})
+        app = Api({"toy": function}, ledger, metrics, MAX_BODY_BYTES).app()
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        try:
+            async with httpx.AsyncClient(transport=transport, base_url="http://toy") as client:
+                yield Serving(app, client, function, ledger, session)
+        finally:
+            await function.close()
+
+
+def expected_tokens(
+    prompt_ids: list[int], max_new_tokens: int, stop_ids: frozenset[int] = frozenset({EOS_ID})
+) -> list[int]:
+    """What the fake session's greedy continuation must be."""
+    tokens = list(prompt_ids)
+    for _ in range(max_new_tokens):
+        tokens.append(next_token(tokens, VOCAB_SIZE))
+        if tokens[-1] in stop_ids:
+            break
+    return tokens[len(prompt_ids) :]
+
+
+def events(text: str) -> list[dict[str, Any]]:
+    """Parse an SSE body whose frames all carry JSON, except for the terminator."""
+    frames = text.removesuffix("\n\n").split("\n\n")
+    return [json.loads(frame.removeprefix("data: ")) for frame in frames if frame != "data: [DONE]"]
