@@ -286,23 +286,30 @@ class TestReading:
 
 
 class TestOpening:
-    def test_a_second_writer_is_refused_and_a_reader_is_not(self, ledger: Ledger, path: Path) -> None:
-        with pytest.raises(ConfigError, match="another process writes this usage ledger"):
-            Ledger(path)
+    def test_two_writers_share_a_ledger(self, ledger: Ledger, path: Path) -> None:
+        with Ledger(path) as other:
+            asyncio.run(invoke(ledger, admission("a")))
+            asyncio.run(invoke(other, admission("b")))
+            with pytest.raises(RequestIdInUse):
+                asyncio.run(other.admit(admission("a")))
         with LedgerReader(path) as reader:
-            assert reader.totals() == []
-
-    def test_a_second_writer_in_another_process_is_refused(self, ledger: Ledger, path: Path) -> None:
-        ended = run_doomed(path, "open")
-        assert ended.returncode == 1
-        assert "ConfigError" in ended.stderr.splitlines()[-1]
-        assert "another process writes this usage ledger" in ended.stderr
+            assert {record.request_id for record in reader.records()} == {"a", "b"}
 
     def test_a_second_writer_does_not_close_what_the_first_has_open(self, ledger: Ledger, path: Path) -> None:
         asyncio.run(ledger.admit(admission("a")))
-        with pytest.raises(ConfigError):
-            Ledger(path)
+        Ledger(path).close()
+        assert ledger.get("a") is None
         asyncio.run(ledger.finish(stopped(admission("a"))))
+
+    def test_what_a_killed_writer_left_open_is_closed_once_it_is_alone(self, ledger: Ledger, path: Path) -> None:
+        run_doomed(path, "checkpoint")
+        Ledger(path).close()
+        assert ledger.get("late") is None
+        ledger.close()
+        with Ledger(path) as alone:
+            record = alone.get("late")
+        assert record is not None
+        assert (record.finish_reason, record.completion_tokens) == (FinishReason.CRASHED, 2)
 
     def test_a_closed_ledger_can_be_opened_again(self, path: Path) -> None:
         for number in range(3):

@@ -32,9 +32,10 @@ CRASH_DETAIL = "the process ended before the invocation did"
 
 
 class Ledger:
-    """The one writer of a ledger, for asyncio callers; ``LedgerReader`` reads beside it, from any process.
+    """A writer of a ledger, for asyncio callers; ``LedgerReader`` reads beside it, from any process.
 
-    Open it after forking: a forked child would share its lock and its connection.
+    Several processes may write to one ledger, a server and `pilotlight invoke` say. The one that opens it while nobody
+    else has it open closes what a crash left open. Open it after forking: a child would share lock and connection.
     """
 
     def __init__(self, path: Path) -> None:
@@ -42,14 +43,17 @@ class Ledger:
 
         Raises:
             StartupError: a newer version of Pilotlight wrote it.
-            ConfigError: another process writes it, or it cannot be opened.
+            ConfigError: it cannot be opened.
         """
         with ExitStack() as opened:
-            lock = _lock(path)
+            lock = _open_lock(path)
             opened.callback(os.close, lock)
+            alone = _try_alone(lock)
             connection = connect_writer(path)
             opened.callback(connection.close)
-            _close_crashed(connection, path)
+            if alone:
+                _close_crashed(connection, path)
+                fcntl.flock(lock, fcntl.LOCK_SH)
             self._reader = LedgerReader(path)
             self._commits = GroupCommit(connection)
             opened.pop_all()
@@ -124,19 +128,23 @@ class Ledger:
         self.close()
 
 
-def _lock(path: Path) -> int:
+def _open_lock(path: Path) -> int:
     lock_path = path.with_name(f"{path.name}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        return os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise ConfigError(f"{lock_path}: cannot be opened ({error.strerror})") from error
+
+
+def _try_alone(lock: int) -> bool:
+    """Take the lock for ourselves and return True, or share it with the processes that hold it already."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(lock)
-        raise ConfigError(f"{path}: another process writes this usage ledger ({error.strerror})") from error
-    return lock
+    except BlockingIOError:
+        fcntl.flock(lock, fcntl.LOCK_SH)  # waits while another process closes what a crash left open
+        return False
+    return True
 
 
 def _close_crashed(connection: sqlite3.Connection, path: Path) -> None:

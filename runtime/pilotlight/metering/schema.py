@@ -13,6 +13,8 @@ from pathlib import Path
 from pilotlight.errors import ConfigError, StartupError
 
 LEDGER_VERSION = 1
+LOCK_TIMEOUT_S = 10
+"""How long a transaction waits for one of another process."""
 
 _TABLE = """
 CREATE TABLE invocations (
@@ -36,14 +38,14 @@ _RECORD_INDEX = "CREATE INDEX records ON invocations (function, started_at_utc) 
 
 
 def connect_writer(path: Path) -> sqlite3.Connection:
-    """Open the ledger to write, and create it where there is none. The caller holds the lock on it.
+    """Open the ledger to write, and create it where there is none.
 
     Raises:
         StartupError: a newer version of Pilotlight wrote it.
         ConfigError: it cannot be opened or is not a ledger.
     """
     try:
-        connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        connection = sqlite3.connect(path, LOCK_TIMEOUT_S, isolation_level=None, check_same_thread=False)
     except sqlite3.Error as error:
         raise _unusable(path, error) from error
     try:
@@ -87,11 +89,11 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
     if connection.execute("PRAGMA journal_mode = WAL").fetchone() != ("wal",):
         raise ConfigError(f"{path}: cannot be a usage ledger, because its file system has no shared memory for SQLite")
     connection.execute("PRAGMA synchronous = FULL")
+    connection.execute("BEGIN IMMEDIATE")
     if _version(connection, path) == 0:
-        connection.execute("BEGIN IMMEDIATE")
         for statement in (_TABLE, _OPEN_INDEX, _RECORD_INDEX, f"PRAGMA user_version = {LEDGER_VERSION}"):
             connection.execute(statement)
-        connection.execute("COMMIT")
+    connection.execute("COMMIT")
 
 
 def _version(connection: sqlite3.Connection, path: Path) -> int:

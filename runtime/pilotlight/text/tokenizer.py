@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import tokenizers  # type: ignore[import-untyped]
+import tokenizers
 
 from pilotlight.artifact import SpecialTokens
 from pilotlight.errors import ArtifactError, InvalidRequest
