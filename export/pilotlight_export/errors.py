@@ -14,6 +14,11 @@ from __future__ import annotations
 from pilotlight.errors import StartupError
 
 
+def first_line(error: Exception) -> str:
+    """Return what another library's error says first, for our own one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class ExportError(StartupError):
     """No artifact was written."""
 

@@ -58,11 +58,12 @@ def export_model(
 
 def _build(source: Source, recipe: Recipe, directory: Path, progress: Progress) -> Manifest:
     """Make the whole artifact in ``directory / ARTIFACT``."""
+    prompts = Prompts(source.directory)
     fused = _fuse(source, directory, progress)
     artifact = _make(directory / ARTIFACT)
     exact = _make(directory / "fp32") if recipe.rules else artifact
     lower(fused, RECIPES["fp32"], exact)
-    passages, verification = _verify_parity(source, exact / GRAPH, progress)
+    passages, verification = _verify_parity(source, exact / GRAPH, prompts, progress)
     if recipe.rules:
         _quantize(fused, recipe, artifact, progress)
         verification |= _verify_fidelity(source, exact / GRAPH, artifact / GRAPH, passages, progress)
@@ -82,9 +83,8 @@ def _fuse(source: Source, directory: Path, progress: Progress) -> ir.Model:
     return model
 
 
-def _verify_parity(source: Source, exact: Path, progress: Progress) -> tuple[list[Passage], Figures]:
+def _verify_parity(source: Source, exact: Path, prompts: Prompts, progress: Progress) -> tuple[list[Passage], Figures]:
     with progress.stage("Verify fp32 against PyTorch") as stage:
-        prompts = Prompts(source.directory)
         passages = sample_passages(exact, source.shapes, prompts, source.special_tokens.eos_ids)
         parity = measure_parity(exact, Reference(source.directory), source.shapes, passages, prompts)
         check_parity(parity)

@@ -10,7 +10,7 @@ from typing import Any
 
 from pilotlight.artifact import Shapes, SpecialTokens
 from pilotlight.artifact import Source as SourceEntry
-from pilotlight_export.errors import SourceError, UnsupportedModel
+from pilotlight_export.errors import SourceError, UnsupportedModel, first_line
 from pilotlight_export.families import FAMILIES, Family
 from pilotlight_export.safetensors_headers import count_parameters
 
@@ -160,7 +160,7 @@ def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
     except LocalEntryNotFoundError as error:
         raise SourceError(f"{model}: no such directory, and the hub cannot be reached") from error
     except (HfHubHTTPError, OSError, ValueError) as error:
-        raise SourceError(f"{model}: the hub refused it ({str(error).splitlines()[0]})") from error
+        raise SourceError(f"{model}: the hub refused it ({first_line(error)})") from error
 
 
 def _checked(directory: Path, model: str, revision: str | None) -> Source:
@@ -228,12 +228,12 @@ def _check_tokenizer(directory: Path, shapes: Shapes) -> None:
     path = directory / "tokenizer.json"
     if not path.exists():
         raise SourceError(f"{path}: is missing; a tokenizer in the format of the tokenizers library is needed")
-    from tokenizers import Tokenizer  # type: ignore[import-untyped]
+    from tokenizers import Tokenizer
 
     try:
         vocabulary = Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
     except Exception as error:
-        raise SourceError(f"{path}: cannot be read ({error})") from error
+        raise SourceError(f"{path}: cannot be read ({first_line(error)})") from error
     largest = max(vocabulary.values(), default=0)
     if largest >= shapes.vocab_size:
         raise SourceError(f"{path}: has token id {largest}, but the model knows only {shapes.vocab_size} tokens")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from pilotlight_export.errors import ExportError
+from pilotlight_export.errors import ExportError, first_line
 
 TRACED_GRAPH = "model.onnx"
 
@@ -41,7 +41,7 @@ def trace(model_dir: Path, output_dir: Path) -> ir.Model:
                 do_constant_folding=False,
             )
         except Exception as error:
-            raise ExportError(f"Optimum could not export the model: {_first_line(error)}") from error
+            raise ExportError(f"Optimum could not export the model: {first_line(error)}") from error
     return ir.load(output_dir / TRACED_GRAPH)
 
 
@@ -56,7 +56,3 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(disabled)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -37,10 +37,8 @@ def test_a_bad_model_is_status_1_and_one_line(tmp_path: Path) -> None:
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 1
     assert run.stdout == ""
-    assert (
-        run.stderr
-        == f"pilotlight export: {tmp_path}/nowhere: no such directory, and not the id of a model on the hub\n"
-    )
+    problem = "no such directory, and not the id of a model on the hub"
+    assert run.stderr == f"pilotlight export: {tmp_path}/nowhere: {problem}\n"
     assert not out.exists()
 
 

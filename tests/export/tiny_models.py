@@ -82,7 +82,7 @@ def _write_weights(directory: Path, **overrides: Any) -> None:
 
 def _write_tokenizer(directory: Path) -> None:
     import transformers
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers  # type: ignore[import-untyped]
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({letter: index + 3 for index, letter in enumerate(alphabet)}, []))

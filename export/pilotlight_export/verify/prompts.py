@@ -6,6 +6,9 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
+from pilotlight_export.errors import SourceError, first_line
 from pilotlight_export.trace import quiet
 
 QUESTIONS = (
@@ -38,14 +41,21 @@ PROSE = (
 
 
 class Prompts:
-    """A model's own tokenizer and chat template, applied to the built-in text."""
+    """A model's own tokenizer and chat template, applied to the built-in text.
+
+    Raises:
+        SourceError: transformers cannot load the tokenizer.
+    """
 
     def __init__(self, model_dir: Path) -> None:
         with quiet():
             from transformers import AutoTokenizer
 
             load: Any = AutoTokenizer.from_pretrained
-            self._tokenizer: Any = load(str(model_dir), local_files_only=True)
+            try:
+                self._tokenizer: Any = load(str(model_dir), local_files_only=True)
+            except Exception as error:
+                raise SourceError(f"transformers cannot load the tokenizer: {first_line(error)}") from error
 
     def questions(self, max_tokens: int) -> list[list[int]]:
         """Return each question as the model would be asked it, cut to ``max_tokens``."""
@@ -63,7 +73,9 @@ class Prompts:
         raise AssertionError("the prose never ends")
 
     def _ask(self, question: str) -> list[int]:
-        if self._tokenizer.chat_template is None:
-            return list(self._tokenizer.encode(question))
+        """Put a question as the chat template does; a base model, or a template that refuses it, gets the bare text."""
         messages = [{"role": "user", "content": question}]
-        return list(self._tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+        try:
+            return list(self._tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+        except (ValueError, TemplateError):
+            return list(self._tokenizer.encode(question))
