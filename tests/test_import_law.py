@@ -1,0 +1,165 @@
+"""The import law of docs/architecture.md: every import in the sources, and what a start really loads."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+RUNTIME = ROOT / "runtime" / "pilotlight"
+EXPORT = ROOT / "export" / "pilotlight_export"
+FUNCTIONS = ROOT / "functions"
+
+# What each part may import besides itself. Nobody imports `cli` but the two ways to start the program.
+GROUND = {"errors"}
+CONTRACTS = GROUND | {"request", "artifact", "config"}
+FUNCTION = CONTRACTS | {"text", "metering"}
+API = FUNCTION | {"function"}
+HOST = API | {"api", "engine"}
+CLI = (HOST | {"host"}) - {"engine"}
+LAW = {
+    "errors": set(),
+    "request": GROUND,
+    "artifact": GROUND,
+    "config": GROUND,
+    "text": CONTRACTS,
+    "metering": CONTRACTS,
+    "engine": CONTRACTS,
+    "function": FUNCTION,
+    "api": API,
+    "host": HOST,
+    "cli": CLI,
+    "__main__": {"cli"},
+    "__init__": set(),
+    "functions": CLI,
+    "pilotlight_export": {"artifact", "errors"},
+}
+EXPORT_ONLY = {"pilotlight_export", "torch", "optimum", "transformers"}
+SESSION = "pilotlight.engine.session"
+
+
+def violations(module: str, source: str) -> list[str]:
+    """Return what the module ``module`` imports against the law, one line each."""
+    part = part_of(module)
+    found = []
+    for imported in imports(source):
+        if imported.startswith("."):
+            found.append(f"{module} imports {imported}: write imports in full")
+        elif is_runtime(imported) and part_of(imported) not in LAW[part] | {part, "__init__"}:
+            found.append(f"{module} imports {imported}: {part} may not know {part_of(imported)}")
+        elif root_of(imported) in EXPORT_ONLY and part != "pilotlight_export":
+            found.append(f"{module} imports {imported}: it belongs to the export")
+        elif root_of(imported) == "onnxruntime" and part != "pilotlight_export" and module != SESSION:
+            found.append(f"{module} imports {imported}: only {SESSION} may")
+    return found
+
+
+def imports(source: str) -> Iterator[str]:
+    """Yield every module that the source imports, wherever in it; ``from m import n`` counts as ``m.n``."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names)
+
+
+def part_of(module: str) -> str:
+    """Return the part of the house that a module of ours belongs to: `engine` for `pilotlight.engine.slots`."""
+    root, _, rest = module.partition(".")
+    if root != "pilotlight":
+        return root
+    name = rest.partition(".")[0]
+    return name if name in LAW else "__init__"
+
+
+def is_runtime(module: str) -> bool:
+    return root_of(module) == "pilotlight"
+
+
+def root_of(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def modules() -> dict[str, Path]:
+    """Return all modules of ours by name."""
+    found = {}
+    for directory in (RUNTIME, EXPORT, FUNCTIONS):
+        for path in sorted(directory.rglob("*.py")):
+            found[".".join(path.relative_to(directory.parent).with_suffix("").parts)] = path
+    return found
+
+
+@pytest.mark.parametrize(("module", "path"), modules().items(), ids=str)
+def test_module_keeps_the_law(module: str, path: Path) -> None:
+    assert violations(module, path.read_text(encoding="utf-8")) == []
+
+
+def test_every_part_of_the_runtime_is_under_the_law() -> None:
+    parts = {path.stem for path in RUNTIME.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert parts == LAW.keys() - {"functions", "pilotlight_export"}
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "problem"),
+    [
+        ("pilotlight.errors", "import pilotlight.config", "errors may not know config"),
+        ("pilotlight.text.tokenizer", "from pilotlight.engine import engine", "text may not know engine"),
+        ("pilotlight.engine.engine", "from pilotlight.metering.usage import Usage", "engine may not know metering"),
+        ("pilotlight.function", "from pilotlight import engine", "function may not know engine"),
+        ("pilotlight.api.app", "from pilotlight.host.inprocess import open_function", "api may not know host"),
+        ("pilotlight.host.server", "from pilotlight.cli import main", "host may not know cli"),
+        ("pilotlight.cli", "import pilotlight.engine.session", "cli may not know engine"),
+        (
+            "pilotlight.artifact",
+            "def f():\n    from pilotlight.request import Sequence",
+            "artifact may not know request",
+        ),
+        ("pilotlight.engine.engine", "from . import slots", "write imports in full"),
+        ("pilotlight.cli", "import pilotlight_export.cli", "it belongs to the export"),
+        (
+            "pilotlight.engine.slots",
+            "try:\n    import torch.cuda\nexcept ImportError: pass",
+            "it belongs to the export",
+        ),
+        ("pilotlight.text.tokenizer", "from transformers import AutoTokenizer", "it belongs to the export"),
+        ("functions.modal_app.app", "from optimum import version", "it belongs to the export"),
+        ("pilotlight.engine.slots", "import onnxruntime as ort", "only pilotlight.engine.session may"),
+        ("pilotlight_export.pack", "from pilotlight.request import Sequence", "may not know request"),
+    ],
+)
+def test_a_broken_law_is_noticed(module: str, source: str, problem: str) -> None:
+    (line,) = violations(module, source)
+    assert line.startswith(f"{module} imports ")
+    assert line.endswith(problem)
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("pilotlight.cli", "from pilotlight import __version__"),
+        ("pilotlight.engine.session", "import onnxruntime as ort"),
+        ("pilotlight.host.inprocess", "from pilotlight.engine.backend import EngineBackend"),
+        ("pilotlight_export.pack", "import torch, onnxruntime\nfrom pilotlight.artifact import Manifest"),
+        ("functions.aws_lambda.app", "from pilotlight.host.inprocess import open_function"),
+    ],
+)
+def test_what_the_law_allows(module: str, source: str) -> None:
+    assert violations(module, source) == []
+
+
+@pytest.mark.parametrize(
+    ("started", "unwanted"),
+    [
+        ("pilotlight.cli", ["onnxruntime", "numpy", "jinja2", "tokenizers", "starlette"]),
+        ("pilotlight.host.server", ["torch", "transformers", "optimum", "onnx", "pilotlight_export"]),
+    ],
+)
+def test_a_start_loads_only_what_it_needs(started: str, unwanted: list[str]) -> None:
+    code = f"import sys, {started}; print([name for name in {unwanted} if name in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "[]\n"
