@@ -19,11 +19,14 @@ Outputs are ``logits`` [N, V] float32 and ``present.i.key`` / ``present.i.value`
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
 
 from pilotlight.errors import ArtifactError
 
@@ -36,6 +39,9 @@ CHAT_TEMPLATE = "chat_template.jinja"
 GENERATION_CONFIG = "generation_config.json"
 LICENSE = "LICENSE"
 REQUIRED_FILES = (GRAPH, WEIGHTS, TOKENIZER)
+FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+Positive = Annotated[int, Meta(ge=1)]
 
 
 class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -49,13 +55,13 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Shapes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The dimensions that a runtime needs to allocate and to bound its work."""
 
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_size: int
-    hidden_size: int
-    vocab_size: int
-    max_context_tokens: int
+    num_layers: Positive
+    num_heads: Positive
+    num_kv_heads: Positive
+    head_size: Positive
+    hidden_size: Positive
+    vocab_size: Positive
+    max_context_tokens: Positive
 
 
 class SpecialTokens(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -69,7 +75,7 @@ class SpecialTokens(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class KvLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How one layer's key or value cache lies in memory."""
 
-    dtype: str
+    dtype: Literal["float32", "float16"]
     axes: str = "batch, kv_heads, tokens, head_size"
 
 
@@ -81,7 +87,7 @@ class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Everything that is known about an artifact; its own digest names the artifact."""
 
-    format_version: int
+    format_version: Positive
     source: Source
     family: str
     precision: str
@@ -154,11 +160,13 @@ def open_artifact(path: Path) -> Artifact:
         ArtifactError: the directory, the manifest or a file is missing, truncated, unreadable or of a newer format.
     """
     manifest_path = path / MANIFEST
-    if not path.is_dir():
-        raise ArtifactError(path, "is not a directory" if path.exists() else "does not exist")
     try:
         raw = manifest_path.read_bytes()
+    except NotADirectoryError as error:
+        raise ArtifactError(path, "is not a directory") from error
     except FileNotFoundError as error:
+        if not path.exists():
+            raise ArtifactError(path, "does not exist") from error
         raise ArtifactError(manifest_path, "is missing, so this is not an artifact") from error
     except OSError as error:
         raise ArtifactError(manifest_path, f"cannot be read ({error.strerror})") from error
@@ -177,19 +185,19 @@ def decode_manifest(raw: bytes, path: Path) -> Manifest:
     try:
         version = msgspec.json.decode(raw, type=dict[str, msgspec.Raw]).get("format_version")
         number = msgspec.json.decode(version, type=int) if version is not None else 0
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ArtifactError(path, f"is not a manifest ({error})") from error
     if number > FORMAT_VERSION:
         raise ArtifactError(path, f"has format version {number}; this version of Pilotlight reads {FORMAT_VERSION}")
     try:
         manifest = msgspec.json.decode(raw, type=Manifest)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ArtifactError(path, f"is not a manifest ({error})") from error
     missing = [name for name in REQUIRED_FILES if name not in manifest.files]
     if missing:
         raise ArtifactError(path, f"does not list {missing[0]}")
     for name in manifest.files:
-        if Path(name).name != name or name == MANIFEST:
+        if not FILE_NAME.fullmatch(name) or name == MANIFEST:
             raise ArtifactError(path, f"lists {name!r}, which is not a plain file name")
     return manifest
 
