@@ -19,8 +19,18 @@ from pilotlight_export.trace import trace
 from pilotlight_export.verify.reference import Reference
 
 
+@pytest.fixture(scope="session")
+def one_torch_thread() -> None:
+    """Keep PyTorch to one thread: tiny products gain nothing from more, and a busy machine makes them wait."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session", params=list(VARIANTS))
-def variant(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> FusedModel:
+def variant(
+    request: pytest.FixtureRequest, one_torch_thread: None, tmp_path_factory: pytest.TempPathFactory
+) -> FusedModel:
     """Each kind of Llama in turn."""
     directory = tmp_path_factory.mktemp("variant")
     source = open_source(str(write_model(directory / "model", **VARIANTS[request.param])), None)
@@ -31,7 +41,7 @@ def variant(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture(scope="session")
-def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_llama(one_torch_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A complete model directory, not to be changed."""
     return write_model(tmp_path_factory.mktemp("source") / "tiny-llama")
 
