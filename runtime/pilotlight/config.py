@@ -29,7 +29,7 @@ class HostSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     port: Port = 8080
     ledger: str = "pilotlight.db"
     max_body_bytes: Positive = 4 * 1024 * 1024
-    drain_timeout_s: Annotated[float, Meta(ge=0)] = 10.0
+    drain_timeout_s: Annotated[float, Meta(ge=0, le=3600)] = 10.0
 
 
 class FunctionSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -68,12 +68,8 @@ def load_settings(path: Path | None, environment: Mapping[str, str] = os.environ
             raise ConfigError(f"{origin}: unknown key {key} = {content[key]!r}; expected one of host, functions")
     given = {key: value for key, value in options.items() if value is not None}
     from_file = _table(content.get("host", {}), origin, "host")
-    host = _parse({**from_file, **_from_environment(environment), **given}, HostSettings, origin, "host")
-    if host.address not in LOOPBACK:
-        raise ConfigError(
-            f"{origin}: host.address is {host.address!r}; without keys the server listens on loopback only "
-            f"({', '.join(LOOPBACK)})"
-        )
+    _host(from_file, origin)  # so that a fault in the file is blamed on the file
+    host = _host({**from_file, **_from_environment(environment), **given}, "environment or option")
     functions = {
         _function_name(name, origin): _parse(table, FunctionSettings, origin, f"functions.{name}")
         for name, table in _table(content.get("functions", {}), origin, "functions").items()
@@ -117,6 +113,18 @@ def _table(value: object, origin: str, name: str) -> dict[str, Any]:
     return value
 
 
+def _host(table: dict[str, Any], origin: str) -> HostSettings:
+    host = _parse(table, HostSettings, origin, "host")
+    if host.address not in LOOPBACK:
+        raise ConfigError(
+            f"{origin}: host.address is {host.address!r}; without keys the server listens on loopback only "
+            f"({', '.join(LOOPBACK)})"
+        )
+    if not Path(host.ledger).name:
+        raise ConfigError(f"{origin}: host.ledger is {host.ledger!r}; expected a file")
+    return host
+
+
 def _function_name(name: str, origin: str) -> str:
     if not re.fullmatch(FUNCTION_NAME, name):
         raise ConfigError(f"{origin}: function name {name!r}; expected letters, digits and . _ / -, 128 at most")
@@ -137,5 +145,8 @@ def _parse(value: object, struct: type[T], origin: str, name: str) -> T:
     except msgspec.ValidationError as error:
         expectation, _, place = str(error).replace("`", "").partition(" - at $.")
         key = place.partition("[")[0]
-        found = f"{name}.{key} is {table[key]!r}" if key in table else name
+        if key not in table:
+            missing = expectation.removeprefix("Object missing required field ")
+            raise ConfigError(f"{origin}: {name}.{missing} is missing") from error
+        found = f"{name}.{key} is {table[key]!r}"
         raise ConfigError(f"{origin}: {found}; {expectation[:1].lower()}{expectation[1:]}") from error
