@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
@@ -14,7 +15,7 @@ import click
 import msgspec
 
 from pilotlight import __version__
-from pilotlight.config import FunctionSettings, Settings, load_settings
+from pilotlight.config import FUNCTION_NAME, FunctionSettings, Settings, load_settings
 from pilotlight.errors import ConfigError, PilotlightError
 
 if TYPE_CHECKING:
@@ -49,12 +50,12 @@ def main() -> None:
     """
 
 
-@main.command()
+@main.command(short_help="Serve functions over the OpenAI API.")
 @click.argument("artifact", type=click.Path(path_type=Path), required=False)
 @click.option("--config", type=click.Path(path_type=Path), help="Serve the functions of this pilotlight.toml instead.")
 @click.option("--name", help="What clients call the function [default: the artifact's directory name].")
 @click.option("--address", help="Where to listen [default: 127.0.0.1].")
-@click.option("--port", type=int, help="Which port, 0 for any free one [default: 8080, or $PORT].")
+@click.option("--port", type=click.IntRange(0, 65535), help="Which port, 0 for any free one [default: 8080, or $PORT].")
 @click.option(
     "--slots", type=click.IntRange(min=1), help="How many requests are generated at the same time [default: 8]."
 )
@@ -71,12 +72,14 @@ def serve(
     """Serve ARTIFACT, or all functions of a pilotlight.toml, over the OpenAI API."""
     if (artifact is None) == (config is None):
         raise click.UsageError("name either an ARTIFACT or a --config file")
+    if config is not None and (name is not None or slots is not None):
+        raise click.UsageError("--name and --slots go with an ARTIFACT; a --config file has its own")
     settings = load_settings(config, address=address, port=port, ledger=ledger)
     if artifact is not None:
         of_function = FunctionSettings(artifact=str(artifact))
         if slots is not None:
             of_function = msgspec.structs.replace(of_function, num_slots=slots)
-        settings = Settings(settings.host, {name or artifact.resolve().name: of_function})
+        settings = Settings(settings.host, {_function_name(name, artifact): of_function})
     if not settings.functions:
         raise ConfigError(f"{config}: defines no function; add a table [functions.NAME]")
     from pilotlight.host.server import run
@@ -84,13 +87,13 @@ def serve(
     run(settings, lambda url, running: _announce(url, settings, running))
 
 
-@main.command()
+@main.command(short_help="Answer one prompt on the terminal, without a server.")
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.argument("prompt")
 @click.option("--raw", is_flag=True, help="Continue PROMPT as it stands instead of answering it as a chat message.")
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Stop after so many tokens.")
 @click.option("--temperature", type=click.FloatRange(0, 2), help="0 is greedy [default: the model's own].")
-@click.option("--seed", type=int, help="Draw the same tokens again.")
+@click.option("--seed", type=click.IntRange(-(2**63), 2**63 - 1), help="Draw the same tokens again.")
 @click.option("--ledger", help="The usage ledger [default: pilotlight.db].")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with the text and the usage record.")
 def invoke(
@@ -124,15 +127,20 @@ def invoke(
         click.echo(_summary(record), err=True)
 
 
-@main.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
+@main.command(
+    short_help="Turn a Hugging Face model into an artifact.",
+    context_settings={"ignore_unknown_options": True, "help_option_names": []},
+)
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def export(arguments: tuple[str, ...]) -> None:
     """Turn a Hugging Face model into an artifact (needs the extra `pilotlight[export]`)."""
     # The exporter is another program: the runtime never imports it, nor torch.
-    os.execv(sys.executable, [sys.executable, "-m", "pilotlight_export", *arguments])  # noqa: S606
+    if importlib.util.find_spec("optimum") is None:
+        raise ConfigError("export needs more than a runtime does; install it with: pip install 'pilotlight[export]'")
+    os.execv(sys.executable, [sys.executable, "-P", "-m", "pilotlight_export", *arguments])  # noqa: S606
 
 
-@main.command()
+@main.command(short_help="Describe an artifact and verify its checksums.")
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
 def inspect(artifact: Path, as_json: bool) -> None:
@@ -147,7 +155,7 @@ def inspect(artifact: Path, as_json: bool) -> None:
         click.echo(_description(opened))
 
 
-@main.command()
+@main.command(short_help="Show what was used and what it cost.")
 @click.option("--records", is_flag=True, help="List the records, the latest first, instead of totals.")
 @click.option("--function", help="Only the records of this function.")
 @click.option("--since", help="Only what started in the last so many hours, such as 24h, or days, such as 7d.")
@@ -162,7 +170,7 @@ def usage(
 
     if not records and (function is not None or limit is not None):
         raise click.UsageError("--function and --limit go with --records")
-    start = None if since is None else datetime.now(UTC) - _span(since)
+    start = None if since is None else _start(since)
     with LedgerReader(Path(load_settings(None, ledger=ledger).host.ledger)) as reader:
         rows = [*reader.records(function, start, limit)] if records else [*reader.totals(start)]
     if as_json:
@@ -172,6 +180,15 @@ def usage(
         click.echo(_table([_row(row) for row in rows]))
     else:
         click.echo("nothing was used yet", err=True)
+
+
+def _function_name(name: str | None, artifact: Path) -> str:
+    found = artifact.resolve().name if name is None else name
+    if not re.fullmatch(FUNCTION_NAME, found):
+        raise click.UsageError(
+            f"{found!r} cannot be the name of a function; choose a --name of letters, digits and . _ / -, 128 at most"
+        )
+    return found
 
 
 def _announce(url: str, settings: Settings, functions: Mapping[str, Function]) -> None:
@@ -215,7 +232,7 @@ def _description(artifact: Artifact) -> str:
         ("source", f"{manifest.source.model}" + (f" @ {manifest.source.revision}" if manifest.source.revision else "")),
         ("license", manifest.source.license or "unknown"),
         ("family", f"{manifest.family}, {manifest.num_parameters:,} parameters"),
-        ("precision", f"{manifest.precision} ({_pairs(manifest.recipe)})"),
+        ("precision", manifest.precision + (f" ({_pairs(manifest.recipe)})" if manifest.recipe else "")),
         ("shapes", f"{shapes.num_layers} layers, {shapes.num_heads} heads of {shapes.head_size} "
                    f"({shapes.num_kv_heads} for keys and values), vocabulary {shapes.vocab_size:,}"),
         ("context", f"{shapes.max_context_tokens:,} tokens"),
@@ -224,7 +241,7 @@ def _description(artifact: Artifact) -> str:
         *((f"  {name}", f"{file.size_bytes:>13,} bytes  {file.sha256[:16]}…") for name, file in manifest.files.items()),
         ("checksums", f"all {len(manifest.files)} files verified, {total_bytes / 1e6:,.1f} MB"),
     ]  # fmt: skip
-    return "\n".join(f"{name:<24} {text}" for name, text in lines)
+    return "\n".join(f"{name:<24} {text}" for name, text in lines if text)
 
 
 def _pairs(values: Mapping[str, object]) -> str:
@@ -256,8 +273,13 @@ def _table(rows: list[dict[str, object]]) -> str:
     )
 
 
-def _span(text: str) -> timedelta:
-    number, unit = text[:-1], text[-1:]
-    if not number.isdigit() or unit not in ("h", "d"):
-        raise click.BadParameter(f"{text!r} is not a span such as 24h or 7d", param_hint="--since")
-    return timedelta(hours=int(number)) if unit == "h" else timedelta(days=int(number))
+def _start(since: str) -> datetime:
+    """Return the instant that lies so long ago."""
+    match = re.fullmatch(r"([0-9]{1,6})([hd])", since)
+    if match is None:
+        raise click.BadParameter(f"{since!r} is not a span such as 24h or 7d", param_hint="--since")
+    hours = int(match[1]) * (24 if match[2] == "d" else 1)
+    try:
+        return datetime.now(UTC) - timedelta(hours=hours)
+    except OverflowError as error:
+        raise click.BadParameter(f"{since!r} is too long ago", param_hint="--since") from error
