@@ -1,14 +1,30 @@
-"""Fixtures shared by all tests: a tiny artifact without a model, and functions on the deterministic fake session."""
+"""Fixtures shared by all tests: a tiny artifact without a model, and the demo model's artifacts, exported once."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 
 from pilotlight.artifact import Artifact, open_artifact
-from support import write_artifact
+from support import export_artifact, write_artifact
+
+DEMO_MODEL = Path(__file__).parent.parent / "models" / "demo" / "model"
 
 
 @pytest.fixture(scope="session")
 def toy_artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """An artifact with a byte tokenizer, a chat template and no usable graph."""
     return open_artifact(write_artifact(tmp_path_factory.mktemp("toy") / "toy"))
+
+
+@pytest.fixture(scope="session")
+def demo_fp32(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """The demo model as ``pilotlight export --precision fp32`` makes it."""
+    return export_artifact(DEMO_MODEL, tmp_path_factory.mktemp("demo") / "demo-fp32", "fp32")
+
+
+@pytest.fixture(scope="session")
+def demo_int4(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """The demo model as ``pilotlight export`` makes it by default."""
+    return export_artifact(DEMO_MODEL, tmp_path_factory.mktemp("demo") / "demo-int4", "int4")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import re
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +32,7 @@ from pilotlight.artifact import (
     Shapes,
     Source,
     SpecialTokens,
+    open_artifact,
     sha256_of,
 )
 from pilotlight.engine.backend import EngineBackend
@@ -145,3 +149,41 @@ def events(text: str) -> list[dict[str, Any]]:
     """Parse an SSE body whose frames all carry JSON, except for the terminator."""
     frames = text.removesuffix("\n\n").split("\n\n")
     return [json.loads(frame.removeprefix("data: ")) for frame in frames if frame != "data: [DONE]"]
+
+
+def export_artifact(model: Path, target: Path, precision: str) -> Artifact:
+    """Export a model with the command that users call."""
+    command = [sys.executable, "-m", "pilotlight", "export", str(model), "--precision", precision, "--out", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return open_artifact(target)
+
+
+@dataclass(frozen=True)
+class ServerProcess:
+    """A real ``pilotlight serve``."""
+
+    process: subprocess.Popen[str]
+    url: str
+
+
+@contextmanager
+def server_process(
+    artifact: Path, ledger: Path, *options: str, python: str = sys.executable
+) -> Iterator[ServerProcess]:
+    """Serve an artifact as ``demo`` on a free port; the process has ended when the block is left."""
+    command = [python, "-m", "pilotlight", "serve", str(artifact), "--name", "demo", "--port", "0"]
+    with subprocess.Popen(
+        [*command, "--ledger", str(ledger), *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            lines = iter(process.stdout.readline, "")
+            url = next((match[1] for line in lines if (match := re.search(r"serving (\S+)/v1", line))), None)
+            if url is None:
+                assert process.stderr is not None
+                raise AssertionError(process.stderr.read())
+            yield ServerProcess(process, url)
+        finally:
+            process.terminate()
+            process.communicate(timeout=30)

@@ -50,7 +50,11 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     roles = ["system\nuser\nassistant\n"] * 200
     tokenizer.train_from_iterator([*roles, *(f"{turn.question}\n{turn.answer}" for turn in turns)], trainer)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=TURN_END, pad_token=END_OF_TEXT, model_max_length=CONTEXT
+        tokenizer_object=tokenizer,
+        eos_token=TURN_END,
+        pad_token=END_OF_TEXT,
+        model_max_length=CONTEXT,
+        model_input_names=["input_ids", "attention_mask"],
     )
     fast.chat_template = CHAT_TEMPLATE
     return fast

@@ -8,6 +8,7 @@ generation but never the metering.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -25,6 +26,7 @@ from pilotlight.errors import (
     Draining,
     EngineError,
     InvalidRequest,
+    LedgerUnavailable,
     PilotlightError,
     RequestIdInUse,
 )
@@ -39,6 +41,9 @@ from pilotlight.text.tokenizer import Tokenizer
 
 MAX_INLINE_CHARACTERS = 4096
 """Longer texts are tokenized on another thread, so that they don't hold up the streams of others."""
+
+CHECKPOINT_TOKENS = 32
+"""How many tokens a crash of the whole process can leave unbilled, at most: they were delivered, but not noted."""
 
 
 class Backend(Protocol):
@@ -329,20 +334,32 @@ class Function:
     ) -> EngineError | None:
         """Turn token events into deltas; a failed run is returned, since it is metered like any other end."""
         stream = TextStream(self._tokenizer, invocation.request.stop_strings)
+        checkpoint: asyncio.Task[None] | None = None
         async for event in events:
             if stream.stopped_by is not None:
                 continue  # was under way when the stop string was found: neither billed nor delivered
             if event.token_id is not None:
                 self._observer.token(self.name, progress.count(event))
                 invocation.push(_delta(stream, event))
+                if progress.num_completion_tokens % CHECKPOINT_TOKENS == 1 and (
+                    checkpoint is None or checkpoint.done()
+                ):
+                    checkpoint = asyncio.create_task(self._checkpoint(invocation, progress))
             if stream.stopped_by is not None:
                 progress.finish, progress.stop_detail = FinishReason.STOP, stream.stopped_by
                 self.backend.abort(invocation.request.id)
             elif event.finish is not None:
                 progress.finish, progress.stop_detail = event.finish, event.error
+        if checkpoint is not None:
+            await checkpoint
         if progress.finish is FinishReason.ERROR:
             return EngineError("the model run failed; what was generated until then is metered")
         return None
+
+    async def _checkpoint(self, invocation: Invocation, progress: _Progress) -> None:
+        """Note what a crash would otherwise lose. The stream doesn't wait for it, and a failure is no loss yet."""
+        with contextlib.suppress(LedgerUnavailable):
+            await self._ledger.checkpoint(invocation.request.id, _usage(invocation, progress))
 
     async def _discard(self, request_id: str, events: AsyncIterator[TokenEvent]) -> None:
         self.backend.abort(request_id)

@@ -1,0 +1,52 @@
+# Every command here works on a machine that has Python 3.11 or later and nothing else.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PRECISION ?= int4
+DEMO_MODEL := models/demo/model
+DEMO_ARTIFACT := artifacts/demo-$(PRECISION)
+
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(DEMO_ARTIFACT)/manifest.json  ## export the demo model, serve it, stream one answer, print its usage record
+	@$(BIN)/python models/demo/demo.py $(DEMO_ARTIFACT)
+
+test: $(VENV)/ready  ## run the whole test suite
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(VENV)/ready  ## lint and types
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy runtime export tests models/demo
+	@$(BIN)/python -m pytest -q tests/test_import_law.py
+
+export: $(VENV)/ready  ## make export MODEL=<hub id or directory> [REVISION=...] [PRECISION=fp32|int8|int4] [OUT=...]
+	@test -n "$(MODEL)" || { echo "make export: name a model, as in: make export MODEL=$(DEMO_MODEL)" >&2; exit 2; }
+	@$(BIN)/pilotlight export "$(MODEL)" --precision $(PRECISION) $(if $(REVISION),--revision "$(REVISION)") $(if $(OUT),--out "$(OUT)")
+
+demo-model: $(VENV)/ready  ## train the demo model again from nothing (about an hour on 2 cores)
+	@$(BIN)/python models/demo/train.py
+
+package: $(VENV)/ready  ## build the wheel into dist/
+	@$(PIP) wheel --no-deps --wheel-dir dist .
+
+clean:  ## remove everything that was built here
+	rm -rf $(VENV) artifacts dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(DEMO_ARTIFACT)/manifest.json: $(VENV)/ready
+	@test -f $@ || $(BIN)/pilotlight export $(DEMO_MODEL) --precision $(PRECISION) --out $(DEMO_ARTIFACT)
+
+# torch first and alone: pip then takes the CPU build where one is offered, and nothing pulls another one afterwards.
+$(VENV)/ready: pyproject.toml
+	@test -x $(BIN)/python || { echo "creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "installing into $(VENV) (a few minutes the first time)"
+	@$(PIP) install torch==2.13.0
+	@$(PIP) install --editable '.[cpu,export,dev]'
+	@touch $@
+
+.PHONY: help demo test check export demo-model package clean

@@ -1,0 +1,147 @@
+"""The engine's thread on the fake session: every sequence gets its own tokens, whatever comes and goes beside it."""
+
+from __future__ import annotations
+
+import queue
+import random
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from pilotlight.engine.engine import Engine, Event
+from pilotlight.engine.fake import FakeSession, next_token
+from pilotlight.request import FinishReason, SamplingParams, Sequence, TokenEvent
+
+VOCAB_SIZE = 100
+
+
+def sequence(name: str, prompt: tuple[int, ...], max_new_tokens: int = 5) -> Sequence:
+    return Sequence(name, prompt, max_new_tokens, sampling=SamplingParams(temperature=0.0))
+
+
+def expected(prompt: tuple[int, ...], count: int) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(next_token(tokens, VOCAB_SIZE))
+    return tokens[len(prompt) :]
+
+
+class Log:
+    """Collects the events that an engine emits."""
+
+    def __init__(self) -> None:
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self.by_sequence: dict[str, list[TokenEvent]] = {}
+
+    def emit(self, events: list[Event]) -> None:
+        for event in events:
+            self._events.put(event)
+
+    def wait_for_end(self, *names: str) -> None:
+        missing = set(names) - {name for name, events in self.by_sequence.items() if events[-1].finish}
+        while missing:
+            name, event = self._events.get(timeout=20)
+            events = self.by_sequence.setdefault(name, [])
+            assert not (events and events[-1].finish), "an event after the last one"
+            events.append(event)
+            if event.finish:
+                missing.discard(name)
+
+    def tokens(self, name: str) -> list[int]:
+        return [event.token_id for event in self.by_sequence[name] if event.token_id is not None]
+
+
+@contextmanager
+def engine_on(session: FakeSession) -> Iterator[tuple[Engine, Log]]:
+    log = Log()
+    engine = Engine(session, log.emit, max_chunk_tokens=4)
+    engine.start()
+    try:
+        yield engine, log
+    finally:
+        engine.close()
+
+
+def test_random_traffic_gives_every_sequence_its_own_tokens() -> None:
+    rng = random.Random(4)
+    session = FakeSession(VOCAB_SIZE, num_slots=3, max_context_tokens=40)
+    with engine_on(session) as (engine, log):
+        sequences, aborted = {}, set()
+        for number in range(150):
+            prompt = tuple(rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, 20)))
+            name = f"s{number}"
+            sequences[name] = sequence(name, prompt, rng.randint(1, 20))
+            engine.submit(sequences[name])
+            if rng.random() < 0.2:
+                aborted.add(victim := rng.choice(list(sequences)))
+                engine.abort(victim)
+            if rng.random() < 0.3:
+                log.wait_for_end(rng.choice(list(sequences)))
+        log.wait_for_end(*sequences)
+        for name, asked in sequences.items():
+            last = log.by_sequence[name][-1]
+            assert last.finish in ({FinishReason.LENGTH} | ({FinishReason.CANCELLED} if name in aborted else set()))
+            tokens = log.tokens(name)
+            assert tokens == expected(asked.prompt_ids, len(tokens))
+            assert last.finish is FinishReason.CANCELLED or len(tokens) == asked.max_new_tokens
+
+
+def test_a_failed_run_ends_only_the_sequences_that_were_in_it() -> None:
+    class Failing(FakeSession):
+        def prefill(self, slot, token_ids, past_tokens):  # type: ignore[no-untyped-def]
+            if 99 in token_ids:
+                raise RuntimeError("bad prompt")
+            return super().prefill(slot, token_ids, past_tokens)
+
+    with engine_on(Failing(VOCAB_SIZE, num_slots=2)) as (engine, log):
+        engine.submit(sequence("good", (1, 2), 20))
+        engine.submit(sequence("bad", (99,)))
+        engine.submit(sequence("later", (3,), 20))
+        log.wait_for_end("good", "bad", "later")
+        assert log.by_sequence["bad"] == [log.by_sequence["bad"][-1]]
+        assert log.by_sequence["bad"][-1].finish is FinishReason.ERROR
+        assert log.by_sequence["bad"][-1].error == "RuntimeError: bad prompt"
+        assert log.tokens("good") == expected((1, 2), 20)
+        assert log.tokens("later") == expected((3,), 20)
+
+
+def _abort_while(when: Callable[[Engine], bool]) -> None:
+    steps = threading.Semaphore(0)
+    session = FakeSession(VOCAB_SIZE, num_slots=1, before_run=steps.acquire)
+    with engine_on(session) as (engine, log):
+        engine.submit(sequence("first", (1,) * 12, 6))
+        engine.submit(sequence("second", (2,), 3))
+        while not when(engine):
+            steps.release()
+            previous = session.num_runs
+            while session.num_runs == previous:
+                pass
+        engine.abort("first")
+        steps.release(100)
+        log.wait_for_end("first", "second")
+        assert log.by_sequence["first"][-1].finish is FinishReason.CANCELLED
+        assert log.tokens("second") == expected((2,), 3)
+        assert engine.signals().num_running == 0
+        assert engine.signals().kv_used_bytes == 0
+
+
+def test_abort_while_prefilling() -> None:
+    _abort_while(lambda engine: 0 < engine.signals().num_prefill_backlog_tokens < 13)
+
+
+def test_abort_while_decoding() -> None:
+    _abort_while(lambda engine: engine.signals().num_prefill_backlog_tokens == 1 and engine.signals().num_running == 1)
+
+
+def test_closing_cancels_what_runs_and_what_waits() -> None:
+    steps = threading.Semaphore(0)
+    session = FakeSession(VOCAB_SIZE, num_slots=1, before_run=steps.acquire)
+    with engine_on(session) as (engine, log):
+        for name in ("a", "b"):
+            engine.submit(sequence(name, (1,), 50))
+        closing = threading.Thread(target=engine.close)
+        closing.start()
+        steps.release(1000)
+        closing.join()
+        log.wait_for_end("a", "b")
+        assert {log.by_sequence[name][-1].finish for name in "ab"} == {FinishReason.CANCELLED}

@@ -1,0 +1,147 @@
+"""The real session on the demo model: batches equal solo runs, and greedy text equals transformers'."""
+
+from __future__ import annotations
+
+import os
+import queue
+import random
+from collections.abc import Iterable
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from conftest import DEMO_MODEL
+from corpus import TASKS, held_out_turns, training_turns
+from pilotlight.artifact import Artifact
+from pilotlight.engine.engine import Engine, Event
+from pilotlight.engine.session import OnnxSession
+from pilotlight.request import SamplingParams, Sequence
+
+pytestmark = pytest.mark.model
+
+CONTEXT = 512
+TURN_END = 2
+NUM_THREADS = len(os.sched_getaffinity(0))
+
+
+@pytest.fixture(scope="module")
+def session(demo_fp32: Artifact) -> OnnxSession:
+    return OnnxSession(demo_fp32, num_slots=8, max_context_tokens=CONTEXT, num_threads=NUM_THREADS)
+
+
+@pytest.fixture(scope="module")
+def prompts(demo_fp32: Artifact) -> list[list[int]]:
+    """Twenty-four prompts: each task's held-out questions, and conversations which nearly fill the context."""
+    tokenizer = Tokenizer.from_file(str(demo_fp32.tokenizer_path))
+    texts = [chat(turn.question) for task in TASKS for turn in held_out_turns(task, 4)]
+    ids: list[list[int]] = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+    turns = training_turns(random.Random(3))
+    for length in (60, 120, 200, 300, 400, 480, 500, 511):
+        conversation = "".join(f"{chat(turn.question)}{turn.answer}<|im_end|>\n" for turn in islice(turns, 40))
+        ids.append(tokenizer.encode(conversation, add_special_tokens=False).ids[:length])
+    return ids
+
+
+def chat(question: str) -> str:
+    return f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def generate(session: OnnxSession, sequences: list[Sequence], joins: Iterable[int] = ()) -> dict[str, list[int]]:
+    """Run sequences through an engine; ``joins`` says how many tokens to wait for before each submission."""
+    events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+
+    def emit(step: list[Event]) -> None:
+        for event in step:
+            events.put(event)
+
+    engine = Engine(session, emit, max_chunk_tokens=64)
+    engine.start()
+    tokens: dict[str, list[int]] = {sequence.id: [] for sequence in sequences}
+    pauses = iter(joins)
+    running = 0
+
+    def receive() -> int:
+        name, event = events.get(timeout=60)
+        assert event.error is None
+        if event.token_id is not None:
+            tokens[name].append(event.token_id)
+        return 1 if event.finish else 0
+
+    try:
+        for sequence in sequences:
+            engine.submit(sequence)
+            running += 1
+            for _ in range(next(pauses, 0)):
+                if running:
+                    running -= receive()
+        while running:
+            running -= receive()
+    finally:
+        engine.close()
+    return tokens
+
+
+def greedy(name: str, prompt: list[int], max_new_tokens: int, stop_ids: frozenset[int]) -> Sequence:
+    room = CONTEXT - len(prompt)
+    return Sequence(name, tuple(prompt), min(max_new_tokens, room), stop_ids, SamplingParams(temperature=0.0))
+
+
+def test_eight_together_are_what_each_is_alone(session: OnnxSession, prompts: list[list[int]]) -> None:
+    chosen = [greedy(f"p{index}", prompt, 40, frozenset()) for index, prompt in enumerate(prompts[::3])]
+    assert len(chosen) == 8
+    alone = {sequence.id: generate(session, [sequence])[sequence.id] for sequence in chosen}
+    assert generate(session, chosen) == alone
+    rng = random.Random(5)
+    for _ in range(3):
+        rng.shuffle(chosen)
+        assert generate(session, chosen, [rng.randrange(30) for _ in chosen]) == alone
+
+
+def test_sequences_that_leave_at_different_times_do_not_disturb_the_others(
+    session: OnnxSession, prompts: list[list[int]]
+) -> None:
+    rng = random.Random(6)
+    many = [greedy(f"p{index}", prompt, rng.randint(1, 50), frozenset()) for index, prompt in enumerate(prompts * 2)]
+    together = generate(session, many, [rng.randrange(12) for _ in many])
+    for sequence in rng.sample(many, 12):
+        assert together[sequence.id] == generate(session, [sequence])[sequence.id]
+
+
+def test_a_seeded_sequence_draws_the_same_tokens_in_any_company(session: OnnxSession, prompts: list[list[int]]) -> None:
+    sampling = SamplingParams(temperature=1.5, top_p=0.95, repetition_penalty=1.2, seed=11)
+    seeded = Sequence("seeded", tuple(prompts[4]), 60, frozenset(), sampling)
+    alone = generate(session, [seeded])["seeded"]
+    company = [greedy(f"p{index}", prompt, 50, frozenset()) for index, prompt in enumerate(prompts[:10])]
+    assert generate(session, [*company[:5], seeded, *company[5:]], [3] * 11)["seeded"] == alone
+
+
+def test_greedy_tokens_equal_transformers(session: OnnxSession, prompts: list[list[int]]) -> None:
+    """Until the end token, and for the long ones on to the end of the context."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(DEMO_MODEL)
+    torch.set_num_threads(NUM_THREADS)
+    model.eval()
+    assert len(prompts) >= 20
+    for index, prompt in enumerate(prompts):
+        stop_ids = frozenset({TURN_END}) if index < 16 else frozenset()
+        ids = torch.tensor([prompt])
+        model.generation_config.eos_token_id = TURN_END if stop_ids else None
+        with torch.no_grad():
+            whole = model.generate(ids, attention_mask=torch.ones_like(ids), max_length=CONTEXT, do_sample=False)
+        expected = whole[0, len(prompt) :].tolist()
+        name = f"p{index}"
+        assert generate(session, [greedy(name, prompt, CONTEXT, stop_ids)])[name] == expected
+
+
+def test_moving_a_slot_changes_nothing(session: OnnxSession, prompts: list[list[int]]) -> None:
+    prompt = np.array(prompts[20], np.int64)
+    session.prefill(2, prompt[:100], 0)
+    session.move(2, 0, 100)
+    moved = session.decode(prompt[100:101], np.array([100]))[0].copy()
+    session.prefill(0, prompt[:100], 0)
+    assert np.array_equal(session.decode(prompt[100:101], np.array([100]))[0], moved)
