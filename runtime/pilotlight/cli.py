@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import os
 import re
 import sys
@@ -137,6 +138,7 @@ def export(arguments: tuple[str, ...]) -> None:
     # The exporter is another program: the runtime never imports it, nor torch.
     if importlib.util.find_spec("optimum") is None:
         raise ConfigError("export needs more than a runtime does; install it with: pip install 'pilotlight[export]'")
+    # With -P, files in the current directory don't stand in for its modules.
     os.execv(sys.executable, [sys.executable, "-P", "-m", "pilotlight_export", *arguments])  # noqa: S606
 
 

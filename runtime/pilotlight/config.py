@@ -35,7 +35,7 @@ class HostSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class FunctionSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``[functions.NAME]``: one artifact and how much work it takes at a time.
 
-    ``max_context_tokens`` and ``num_threads`` left out mean the model's own context and the machine's cores.
+    ``max_context_tokens`` left out means the model's own context, 4,096 at most; ``num_threads`` the machine's cores.
     ``prices`` are decimal strings, see ``metering.prices``.
     """
 

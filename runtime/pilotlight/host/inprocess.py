@@ -15,6 +15,9 @@ from pilotlight.function import Function, Observer
 from pilotlight.metering.ledger import Ledger
 from pilotlight.metering.prices import PriceTable
 
+DEFAULT_MAX_CONTEXT_TOKENS = 4096
+"""A slot's cache grows with its context, and models that were trained on 128 k tokens would fill a machine's memory."""
+
 
 def open_function(name: str, settings: FunctionSettings, ledger: Ledger, observer: Observer | None = None) -> Function:
     """Verify an artifact, load it and start its engine on the running event loop.
@@ -51,7 +54,7 @@ def _process_age_ms() -> float:
 def _max_context_tokens(name: str, settings: FunctionSettings, artifact: Artifact) -> int:
     longest = artifact.manifest.shapes.max_context_tokens
     if settings.max_context_tokens is None:
-        return longest
+        return min(longest, DEFAULT_MAX_CONTEXT_TOKENS)
     if settings.max_context_tokens > longest:
         raise ConfigError(
             f"functions.{name}.max_context_tokens is {settings.max_context_tokens}; the model's context is {longest}"
