@@ -67,15 +67,14 @@ class Engine:
         self._inbox.put(_Abort(sequence_id))
 
     def signals(self) -> Signals:
-        """Return the load after the last step."""
+        """Return the load as of the last step or message."""
         return self._signals
 
     def _loop(self) -> None:
         while self._receive():
             plan = self._scheduler.schedule()
             if plan:
-                self._emit(self._step(plan))
-            self._signals = self._measure()
+                self._publish(self._step(plan))
 
     def _receive(self) -> bool:
         """Take in all messages, waiting for one only when there is nothing to run; False when it is time to end."""
@@ -84,7 +83,8 @@ class Engine:
             wait = False
             message = self._inbox.get()
             if isinstance(message, _Submit):
-                self._add(message.sequence)
+                self._scheduler.add(Active(message.sequence))
+                self._signals = self._measure()
             elif isinstance(message, _Abort):
                 self._cancel([a for a in self._scheduler if a.sequence.id == message.sequence_id])
             else:
@@ -92,12 +92,14 @@ class Engine:
                 return False
         return True
 
-    def _add(self, sequence: Sequence) -> None:
-        self._scheduler.add(Active(sequence))
-
     def _cancel(self, actives: list[Active]) -> None:
         now = time.monotonic()
-        self._emit([self._end(active, TokenEvent(None, now, FinishReason.CANCELLED)) for active in actives])
+        self._publish([self._end(active, TokenEvent(None, now, FinishReason.CANCELLED)) for active in actives])
+
+    def _publish(self, events: list[Event]) -> None:
+        """Emit a step's events; whoever sees a sequence end sees its slot free, too."""
+        self._signals = self._measure()
+        self._emit(events)
 
     def _step(self, plan: StepPlan) -> list[Event]:
         """Run both halves on the slots as planned, commit all their tokens, and only then let go of what ended.
