@@ -379,6 +379,11 @@ class TestExport:
         assert run("export", *arguments).exit_code == 0
         assert started == [[sys.executable, sys.executable, "-P", "-m", "pilotlight_export", *arguments]]
 
+    def test_without_the_extra_it_says_what_to_install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        expected = "export needs more than a runtime does; install it with: pip install 'pilotlight[export]'"
+        assert failure("export", "org/model") == expected
+
     def test_its_help_and_its_exit_status_come_through(self) -> None:
         done = subprocess.run([PROGRAM, "export", "--help"], capture_output=True, text=True, check=True)
         assert "--precision [fp32|int8|int4]" in done.stdout
