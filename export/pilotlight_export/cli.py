@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import click
 
@@ -28,18 +29,24 @@ def main(model: str, precision: str, out: Path | None, revision: str | None) -> 
     An artifact that exists at the target already is replaced once the new one is complete.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    from pilotlight_export.export import export_model
-
     target = out or default_target(model, precision)
     try:
+        from pilotlight_export.export import export_model
+
         export_model(model, target, precision=precision, revision=revision)
     except PilotlightError as error:
-        click.echo(f"pilotlight export: {error.message}", err=True)
-        sys.exit(1)
+        fail(error.message)
+    except ModuleNotFoundError as error:
+        fail(f"{error.name} is not installed; the export needs more than the runtime: pip install 'pilotlight[export]'")
     except KeyboardInterrupt:
-        click.echo("pilotlight export: interrupted; nothing was written", err=True)
-        sys.exit(1)
+        fail("interrupted; nothing was written")
     click.echo(target)
+
+
+def fail(line: str) -> NoReturn:
+    """Say in one line why there is no artifact, and exit with status 1."""
+    click.echo(f"pilotlight export: {line}", err=True)
+    sys.exit(1)
 
 
 def default_target(model: str, precision: str) -> Path:

@@ -62,7 +62,8 @@ def _build(source: Source, recipe: Recipe, directory: Path, progress: Progress) 
     fused = _fuse(source, directory, progress)
     artifact = _make(directory / ARTIFACT)
     exact = _make(directory / "fp32") if recipe.rules else artifact
-    lower(fused, RECIPES["fp32"], exact)
+    with progress.stage("Write fp32") as stage:
+        lower(fused, RECIPES["fp32"], exact, stage.show_count)
     passages, verification = _verify_parity(source, exact / GRAPH, prompts, progress)
     if recipe.rules:
         _quantize(fused, recipe, artifact, progress)

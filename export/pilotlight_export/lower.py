@@ -16,7 +16,9 @@ IR_VERSION = 10
 OnWeight = Callable[[int, int], None]
 
 
-def lower(fused: ir.Model, recipe: Recipe, directory: Path, on_weight: OnWeight = lambda done, of: None) -> None:
+def lower(
+    fused: ir.Model, recipe: Recipe, directory: Path, on_weight: OnWeight = lambda num_done, num_all: None
+) -> None:
     """Write ``model.onnx`` and ``model.onnx.data`` at the recipe's precision; the fused graph stays as it is.
 
     Weights are read, quantized and written one by one, so that memory holds no more than one of them. ``on_weight`` is

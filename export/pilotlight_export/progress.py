@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
@@ -11,7 +11,7 @@ CLEAR_LINE = "\r\x1b[2K"
 
 
 class Progress:
-    """Writes to ``stream``; a stage that fails leaves its line unfinished."""
+    """Writes to ``stream``; a stage that fails leaves no line."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -22,7 +22,7 @@ class Progress:
         """Show a stage from its start to its end, with the seconds it took."""
         started_at = time.monotonic()
         self._live(f"  {name} …")
-        stage = Stage(self, name)
+        stage = Stage(name, self._live)
         try:
             yield stage
         except BaseException:
@@ -44,11 +44,11 @@ class Progress:
 class Stage:
     """One stage under way; ``outcome`` is shown when it ends."""
 
-    def __init__(self, progress: Progress, name: str) -> None:
-        self._progress = progress
+    def __init__(self, name: str, show: Callable[[str], None]) -> None:
         self._name = name
+        self._show = show
         self.outcome = ""
 
     def show_count(self, num_done: int, num_all: int) -> None:
         """Update the live line, where there is one."""
-        self._progress._live(f"  {self._name} … {num_done} of {num_all}")
+        self._show(f"  {self._name} … {num_done} of {num_all}")

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import onnx_ir as ir
 
 from pilotlight_export.errors import ExportError, first_line
+from pilotlight_export.quiet import quiet
 
 TRACED_GRAPH = "model.onnx"
 
@@ -43,16 +40,3 @@ def trace(model_dir: Path, output_dir: Path) -> ir.Model:
         except Exception as error:
             raise ExportError(f"Optimum could not export the model: {first_line(error)}") from error
     return ir.load(output_dir / TRACED_GRAPH)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence the warnings and log lines of PyTorch, transformers and Optimum, which say nothing about the model."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)

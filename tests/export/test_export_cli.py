@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from pilotlight_export.cli import default_target, main
+from pilotlight_export.cli import PRECISIONS, default_target, main
 from pilotlight_export.errors import VerificationError
+from pilotlight_export.quantize import RECIPES
 
 
 def test_help_needs_no_heavy_import() -> None:
@@ -24,6 +25,10 @@ def test_help_names_every_option() -> None:
     assert result.exit_code == 0
     assert "Usage: pilotlight export [OPTIONS] MODEL" in result.output
     assert all(option in result.output for option in ("--precision", "--out", "--revision", "[fp32|int8|int4]"))
+
+
+def test_every_recipe_can_be_chosen() -> None:
+    assert tuple(RECIPES) == PRECISIONS
 
 
 @pytest.mark.parametrize("arguments", [[], ["model", "--precision", "int2"], ["model", "--colour", "red"]])
@@ -66,3 +71,27 @@ def test_artifacts_are_named_after_the_model(tmp_path: Path) -> None:
     assert default_target("HuggingFaceTB/SmolLM2-135M", "int4") == Path("artifacts/SmolLM2-135M-int4")
     (tmp_path / "mine").mkdir()
     assert default_target(f"{tmp_path}/mine/", "fp32") == Path("artifacts/mine-fp32")
+
+
+def test_a_missing_library_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
+
+    monkeypatch.setattr("pilotlight_export.export.export_model", fail)
+    result = CliRunner().invoke(main, [str(tmp_path)])
+    assert result.exit_code == 1
+    assert result.stderr.startswith("pilotlight export: torch is not installed")
+
+
+@pytest.mark.model
+def test_a_terminated_export_removes_its_traces(tiny_llama: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pilotlight_export", str(tiny_llama), "--out", str(tmp_path / "out")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as export:
+        assert export.stderr is not None
+        while "Export with Optimum" not in export.stderr.readline():
+            assert export.poll() is None
+        export.terminate()
+        last_line = export.stderr.read().splitlines()[-1]
+    assert export.returncode == 1
+    assert last_line == "pilotlight export: interrupted; nothing was written"
+    assert list(tmp_path.iterdir()) == []

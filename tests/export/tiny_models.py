@@ -8,8 +8,8 @@ from typing import Any
 
 import onnx_ir as ir
 
+from pilotlight_export.quiet import quiet
 from pilotlight_export.source import Source
-from pilotlight_export.trace import quiet
 from pilotlight_export.verify.reference import Reference
 
 LLAMA3_ROPE = {

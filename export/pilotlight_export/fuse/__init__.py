@@ -70,14 +70,13 @@ def _lift_constants(model: ir.Model) -> None:
 
 def _replace_inputs(graph: ir.Graph, shapes: Shapes) -> Cache:
     """Declare the artifact's inputs; the exported mask and positions stay as values until nothing uses them."""
-    exported = {value.name: value for value in graph.inputs}
-    token_ids = exported["input_ids"]
+    token_ids = _input(graph, "input_ids")
     token_ids.shape = ir.Shape(["batch", "tokens"])
     cache = Cache(
         seqlens_k=ir.val("seqlens_k", ir.DataType.INT32, ["batch"]),
         total_sequence_length=ir.val("total_sequence_length", ir.DataType.INT32, []),
-        keys=[exported[f"past_key_values.{layer}.key"] for layer in range(shapes.num_layers)],
-        values=[exported[f"past_key_values.{layer}.value"] for layer in range(shapes.num_layers)],
+        keys=[_input(graph, f"past_key_values.{layer}.key") for layer in range(shapes.num_layers)],
+        values=[_input(graph, f"past_key_values.{layer}.value") for layer in range(shapes.num_layers)],
     )
     for value in (*cache.keys, *cache.values):
         value.shape = _cache_shape(shapes)
@@ -86,6 +85,13 @@ def _replace_inputs(graph: ir.Graph, shapes: Shapes) -> Cache:
     graph.inputs.clear()
     graph.inputs.extend([token_ids, cache.seqlens_k, cache.total_sequence_length, logits_indices, *pasts])
     return cache
+
+
+def _input(graph: ir.Graph, name: str) -> ir.Value:
+    for value in graph.inputs:
+        if value.name == name:
+            return value
+    raise FusionError(f"the exported graph has no input {name}")
 
 
 def _fuse_layers(graph: ir.Graph, family: Family, shapes: Shapes, cache: Cache) -> list[Present]:
@@ -118,7 +124,7 @@ def _cache_shape(shapes: Shapes) -> ir.Shape:
 
 def _gather_requested(graph: ir.Graph, shapes: Shapes) -> None:
     last = find_node(graph, f"/model/layers.{shapes.num_layers - 1}/self_attn/GroupQueryAttention")
-    gather_requested(graph, last, next(value for value in graph.inputs if value.name == "logits_indices"))
+    gather_requested(graph, last, _input(graph, "logits_indices"))
 
 
 def _clean(model: ir.Model) -> None:

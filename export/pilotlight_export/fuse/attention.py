@@ -34,7 +34,7 @@ class Present:
 def fuse_attention(
     graph: ir.Graph, layer: int, family: Family, shapes: Shapes, cache: Cache, rotary: RotaryCaches
 ) -> Present:
-    """Put one GroupQueryAttention between a layer's projections; what it replaces is left for ``prune``.
+    """Put one GroupQueryAttention between a layer's projections; what it replaces is left unused.
 
     Shapes:
         its input is the packed projection [B, T, (heads + 2 · kv heads) · D], its output [B, T, heads · D]
@@ -44,7 +44,7 @@ def fuse_attention(
     """
     module = f"/model/layers.{layer}"
     projections = [find_node(graph, f"{module}/{name}") for name in (family.query, family.key, family.value)]
-    packed = pack_linears(graph, projections, f"model.layers.{layer}.self_attn.qkv_proj")
+    packed = pack_linears(graph, projections, f"{module}/self_attn/qkv_proj")
     attention = add_node(
         graph,
         "GroupQueryAttention",

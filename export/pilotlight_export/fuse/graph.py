@@ -28,13 +28,6 @@ def named(value: ir.Value) -> str:
     return value.name
 
 
-def constant(value: ir.Value | None) -> Array | None:
-    """Return the array behind an initializer, or None for a value that is computed."""
-    if value is None or value.const_value is None:
-        return None
-    return value.const_value.numpy()
-
-
 def array_of(weight: ir.Value) -> Any:
     """Return the array of an initializer; its element type is known to the caller only."""
     assert weight.const_value is not None
@@ -88,7 +81,7 @@ def add_node(
     name: str,
     domain: str = "",
     outputs: Sequence[str] = ("output",),
-    attributes: Mapping[str, int | float | Sequence[int]] | None = None,
+    attributes: Mapping[str, int | float] | None = None,
 ) -> ir.Node:
     """Append a node whose outputs are named after it; an output named "" is not used."""
     values = [ir.val(f"{name}/{output}" if output else "") for output in outputs]

@@ -45,16 +45,17 @@ def fuse_embeddings(graph: ir.Graph, token_ids: ir.Value) -> None:
 
 
 def pack_linears(graph: ir.Graph, linears: Sequence[ir.Node], name: str) -> ir.Node:
-    """Return one ``Linear`` whose outputs are those of several with the same input, side by side.
+    """Return one ``Linear`` at the module path ``name`` whose outputs are those of several, side by side.
 
     One wide product reads its input once and is faster in decode; its columns are computed exactly as before.
     """
-    weight = _concatenated(graph, [operand(linear, 1) for linear in linears], f"{name}.weight")
+    parameter = name.lstrip("/").replace("/", ".")
+    weight = _concatenated(graph, [operand(linear, 1) for linear in linears], f"{parameter}.weight")
     biases = [linear.inputs[2] for linear in linears if len(linear.inputs) > 2]
     inputs = [operand(linears[0], 0), weight]
     if biases:
-        inputs.append(_concatenated(graph, [_bias_or_zeros(graph, linear) for linear in linears], f"{name}.bias"))
-    return add_node(graph, "Linear", inputs, name=f"/{name.replace('.', '/')}", domain=ABSTRACT)
+        inputs.append(_concatenated(graph, [_bias_or_zeros(graph, linear) for linear in linears], f"{parameter}.bias"))
+    return add_node(graph, "Linear", inputs, name=name, domain=ABSTRACT)
 
 
 def _transposed_weight(node: ir.Node) -> ir.Value | None:

@@ -17,7 +17,7 @@ def pack_gate_and_up(graph: ir.Graph, layer: int, family: Family) -> None:
     """
     module = f"/model/layers.{layer}"
     gate, up = (find_node(graph, f"{module}/{name}") for name in (family.gate, family.up))
-    packed = pack_linears(graph, [gate, up], f"model.layers.{layer}.mlp.gate_up_proj")
+    packed = pack_linears(graph, [gate, up], f"{module}/mlp/gate_up_proj")
     split = add_node(
         graph,
         "Split",
@@ -34,14 +34,12 @@ def fuse_silu(graph: ir.Graph) -> None:
     """Replace ``x · sigmoid(x)`` by QuickGelu with alpha 1, which is the same function in one node."""
     for node in list(graph):
         if node.op_type == "Sigmoid":
-            for product in node.outputs[0].consumers():
-                if product.op_type == "Mul" and operand(node, 0) in product.inputs:
-                    silu = add_node(
-                        graph,
-                        "QuickGelu",
-                        node.inputs,
-                        name=f"{scope(node)}/QuickGelu",
-                        domain=KERNELS,
-                        attributes={"alpha": 1.0},
-                    )
-                    product.outputs[0].replace_all_uses_with(silu.outputs[0])
+            gate = operand(node, 0)
+            products = [user for user in node.outputs[0].consumers() if user.op_type == "Mul" and gate in user.inputs]
+            for product in products:
+                silu = _quick_gelu(graph, gate, scope(node))
+                product.outputs[0].replace_all_uses_with(silu.outputs[0])
+
+
+def _quick_gelu(graph: ir.Graph, value: ir.Value, module: str) -> ir.Node:
+    return add_node(graph, "QuickGelu", [value], name=f"{module}/QuickGelu", domain=KERNELS, attributes={"alpha": 1.0})

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
 from pilotlight_export.errors import FusionError
-from pilotlight_export.fuse.graph import Array, add_initializer, constant, operand, scalar, scope
+from pilotlight_export.fuse.graph import add_initializer, array_of, is_weight, operand, scalar, scope
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,12 @@ def _producer_of(node: ir.Node | None, op_type: str) -> ir.Node | None:
     return node
 
 
-def _constant_source(product: ir.Node | None) -> Array | None:
+def _constant_source(product: ir.Node | None) -> Any:
     value = operand(product, 0) if product is not None else None
-    while value is not None and constant(value) is None:
+    while value is not None and not is_weight(value):
         producer = value.producer()
         value = operand(producer, 0) if producer is not None else None
-    return constant(value)
+    return array_of(value) if value is not None else None
 
 
 def _scale_after(cosine: ir.Node) -> float:

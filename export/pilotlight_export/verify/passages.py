@@ -15,7 +15,7 @@ from pilotlight_export.verify.prompts import Prompts
 
 MAX_QUESTION_TOKENS = 256
 MAX_ANSWER_TOKENS = 48
-NUM_ANSWERS_PER_QUESTION = 4
+NUM_ANSWERS_PER_QUESTION = 2
 SEED = 20261122
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from pilotlight_export.errors import SourceError, first_line
-from pilotlight_export.trace import quiet
+from pilotlight_export.quiet import quiet
 
 QUESTIONS = (
     "What is 17 plus 25?",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pilotlight_export.errors import SourceError
-from pilotlight_export.trace import quiet
+from pilotlight_export.quiet import quiet
 from pilotlight_export.verify.graph_runner import Logits
 
 
