@@ -9,12 +9,13 @@ from pathlib import Path
 import onnx_ir as ir
 
 from pilotlight.artifact import GRAPH, WEIGHTS, Manifest
+from pilotlight_export.config import check_block_size
 from pilotlight_export.fuse import fuse
 from pilotlight_export.lower import lower
 from pilotlight_export.pack import check_target, copy_texts, move_into_place, seal, workplace
 from pilotlight_export.progress import Progress
 from pilotlight_export.quantize import RECIPES, Recipe
-from pilotlight_export.source import Source, check_block_size, open_source
+from pilotlight_export.source import Source, open_source
 from pilotlight_export.trace import trace
 from pilotlight_export.verify.fidelity import measure_fidelity
 from pilotlight_export.verify.parity import check_parity, measure_parity

@@ -16,9 +16,7 @@ IR_VERSION = 10
 OnWeight = Callable[[int, int], None]
 
 
-def lower(
-    fused: ir.Model, recipe: Recipe, directory: Path, on_weight: OnWeight = lambda num_done, num_all: None
-) -> None:
+def lower(fused: ir.Model, recipe: Recipe, directory: Path, on_weight: OnWeight | None = None) -> None:
     """Write ``model.onnx`` and ``model.onnx.data`` at the recipe's precision; the fused graph stays as it is.
 
     Weights are read, quantized and written one by one, so that memory holds no more than one of them. ``on_weight`` is
@@ -33,7 +31,8 @@ def lower(
         lowering = _Lowering(model.graph, recipe, weights)
         for num_done, node in enumerate(nodes, start=1):
             lowering.replace(node)
-            on_weight(num_done, len(nodes))
+            if on_weight is not None:
+                on_weight(num_done, len(nodes))
         lowering.store_rest()
     model.ir_version = IR_VERSION
     model.graph.opset_imports[KERNELS] = 1

@@ -21,9 +21,10 @@ from pilotlight.artifact import (
     Manifest,
     sha256_of,
 )
+from pilotlight_export.config import read_optional_json
 from pilotlight_export.errors import TargetError
 from pilotlight_export.quantize import Recipe
-from pilotlight_export.source import Source, read_optional_json
+from pilotlight_export.source import Source
 
 TOOLS = ("pilotlight", "torch", "optimum", "optimum-onnx", "transformers", "onnx", "onnx-ir", "onnxruntime")
 

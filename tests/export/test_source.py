@@ -9,9 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 
+from pilotlight_export.config import check_block_size, read_special_tokens
 from pilotlight_export.errors import SourceError, UnsupportedModel
-from pilotlight_export.source import check_block_size, open_source, read_special_tokens
+from pilotlight_export.source import open_source
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -170,12 +178,25 @@ def test_an_unsupported_model_is_refused_before_its_weights_are_downloaded(hub: 
     assert hub.requests == [(None, False)]
 
 
-def test_an_unreachable_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    from huggingface_hub.errors import LocalEntryNotFoundError
+def answer(status: int) -> requests.Response:
+    response = requests.Response()
+    response.status_code = status
+    return response
 
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (LocalEntryNotFoundError("cannot reach it\nsee the log"), "no such directory, and the hub cannot be reached"),
+        (RepositoryNotFoundError("401 Client Error", answer(401)), "no such directory, and no such model on the hub"),
+        (GatedRepoError("403 Client Error", answer(403)), "is gated; accept its licence on the hub and set HF_TOKEN"),
+        (HfHubHTTPError("500 Server Error\nRequest ID: 7", answer(500)), r"the hub refused it \(500 Server Error\)"),
+    ],
+)
+def test_a_hub_that_gives_no_model_is_one_line(monkeypatch: pytest.MonkeyPatch, error: Exception, line: str) -> None:
     def fail(*_: object, **__: object) -> str:
-        raise LocalEntryNotFoundError("cannot reach it\nsee the log")
+        raise error
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
-    with pytest.raises(SourceError, match=r"^someone/thing: no such directory, and the hub cannot be reached$"):
+    with pytest.raises(SourceError, match=f"^someone/thing: {line}$"):
         open_source("someone/thing", None)
