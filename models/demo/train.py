@@ -169,10 +169,10 @@ def main() -> None:
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{parameters:,} parameters, {len(tokenizer)} tokens, mix {MIX}", flush=True)
     train(model, tokenizer, args.steps)
+    model.save_pretrained(args.out, safe_serialization=True)
+    tokenizer.save_pretrained(args.out)  # before the evaluation, whose padding it would keep
     shares = exact_match(model, tokenizer, per_task=200)
     print(json.dumps(shares))
-    model.save_pretrained(args.out, safe_serialization=True)
-    tokenizer.save_pretrained(args.out)
     results = {
         "exact_match_held_out": {task: round(share, 4) for task, share in shares.items()},
         "questions_per_task": 200,
