@@ -51,6 +51,14 @@ def test_a_file_defines_functions(file: Path) -> None:
     }
 
 
+def test_an_unknown_variable_is_an_error() -> None:
+    assert refusal(None, {"PILOTLIGHT_PROT": "1"}) == (
+        "unknown variable PILOTLIGHT_PROT = '1'; expected one of PILOTLIGHT_ADDRESS, PILOTLIGHT_PORT, "
+        "PILOTLIGHT_LEDGER, PILOTLIGHT_MAX_BODY_BYTES, PILOTLIGHT_DRAIN_TIMEOUT_S, PILOTLIGHT_ARTIFACT"
+    )
+    assert load_settings(None, {"PILOTLIGHT_ARTIFACT": "demo"}).host == HostSettings()
+
+
 def test_every_host_setting_has_its_variable() -> None:
     environment = {
         "PILOTLIGHT_ADDRESS": "localhost",

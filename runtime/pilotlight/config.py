@@ -19,6 +19,8 @@ Port = Annotated[int, Meta(ge=0, le=65535)]
 T = TypeVar("T", bound=msgspec.Struct)
 
 FUNCTION_NAME = r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}"
+OTHER_VARIABLES = ("PILOTLIGHT_ARTIFACT",)
+"""Read by the serverless entry points, which have no command line."""
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -91,12 +93,16 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, object]:
     found: dict[str, object] = {}
     if "PORT" in environment:
         found["port"] = _number("PORT", environment["PORT"], int)
-    for field in msgspec.structs.fields(HostSettings):
-        name = f"PILOTLIGHT_{field.name.upper()}"
-        if name in environment:
-            kind = type(field.default)
-            value = environment[name]
-            found[field.name] = value if kind is str else _number(name, value, kind)
+    fields = {f"PILOTLIGHT_{field.name.upper()}": field for field in msgspec.structs.fields(HostSettings)}
+    for name in sorted(environment):
+        if not name.startswith("PILOTLIGHT_") or name in OTHER_VARIABLES:
+            continue
+        if name not in fields:
+            known = ", ".join((*fields, *OTHER_VARIABLES))
+            raise ConfigError(f"unknown variable {name} = {environment[name]!r}; expected one of {known}")
+        field, value = fields[name], environment[name]
+        kind = type(field.default)
+        found[field.name] = value if kind is str else _number(name, value, kind)
     return found
 
 

@@ -105,6 +105,7 @@ class Invocation:
 
     def __init__(self, function: Function, request: Request, num_prompt_tokens: int) -> None:
         self.request = request
+        self.submitted_at = time.monotonic()
         self.num_prompt_tokens = num_prompt_tokens
         self.num_delivered_tokens = 0
         self.record: UsageRecord | None = None
@@ -230,8 +231,8 @@ class Function:
         sequence = self._sequence(request, prompt_ids)
         if request.id in self._running:
             raise RequestIdInUse(request.id)
-        events = self.backend.submit(sequence)
         invocation = Invocation(self, request, len(prompt_ids))
+        events = self.backend.submit(sequence)
         task = asyncio.create_task(self._run(invocation, events), name=f"invocation {request.id}")
         self._running[request.id] = task
         task.add_done_callback(lambda _: self._running.pop(request.id, None))
@@ -309,7 +310,7 @@ class Function:
         """Carry one invocation to its record. The prefill runs while the admission becomes durable."""
         request = invocation.request
         cold_start_ms, self._cold_start_to_report_ms = self._cold_start_to_report_ms, 0.0
-        progress = _Progress(request.received_at, time.monotonic(), cold_start_ms)
+        progress = _Progress(request.received_at, invocation.submitted_at, cold_start_ms)
         admission = self._admission(request)
         try:
             await self._ledger.admit(admission)

@@ -71,7 +71,7 @@ def test_usage_returns_the_whole_record(toy_artifact: Artifact, tmp_path: Path) 
             assert first["completion_tokens"] == answers[0]["usage"]["completion_tokens"]
             assert first["artifact_digest"] == toy_artifact.digest
             assert (first["cold_start_ms"], second["cold_start_ms"]) == (123.0, 0.0)
-            assert first["total_ms"] >= first["ttft_ms"] >= 0
+            assert first["total_ms"] >= first["ttft_ms"] >= first["queue_ms"] >= 0
             assert first["currency"] == "USD"
 
     asyncio.run(scenario())

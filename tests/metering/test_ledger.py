@@ -311,6 +311,14 @@ class TestOpening:
         assert record is not None
         assert (record.finish_reason, record.completion_tokens) == (FinishReason.CRASHED, 2)
 
+    def test_a_closed_ledger_is_one_file(self, path: Path, tmp_path: Path) -> None:
+        with Ledger(path) as ledger:
+            asyncio.run(invoke(ledger, admission("a")))
+        copy = tmp_path / "copy.db"
+        copy.write_bytes(path.read_bytes())
+        with LedgerReader(copy) as reader:
+            assert reader.get("a") is not None
+
     def test_a_closed_ledger_can_be_opened_again(self, path: Path) -> None:
         for number in range(3):
             with Ledger(path) as ledger:

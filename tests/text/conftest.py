@@ -1,17 +1,16 @@
 """Tokenizers to test with: two small ones made here, and two real ones where the shared test data lies."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
-import tokenizers  # type: ignore[import-untyped]
+import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from pilotlight.text.tokenizer import Tokenizer
 
 REPO = Path(__file__).parents[2]
-SHARED_DATA = Path(os.environ.get("PILOTLIGHT_SHARED_DATA", REPO.parent / "shared" / "data"))
+SHARED_DATA = REPO.parent / "shared" / "data"
 
 
 def save(tokenizer: tokenizers.Tokenizer, folder: Path) -> Path:
@@ -23,7 +22,7 @@ def save(tokenizer: tokenizers.Tokenizer, folder: Path) -> Path:
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
-        pytest.skip(f"no shared test data at {SHARED_DATA}; PILOTLIGHT_SHARED_DATA may name another place")
+        pytest.skip(f"no shared test data at {SHARED_DATA}")
     return SHARED_DATA
 
 

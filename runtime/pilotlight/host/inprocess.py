@@ -30,7 +30,7 @@ def open_function(name: str, settings: FunctionSettings, ledger: Ledger, observe
     artifact = open_artifact(Path(settings.artifact))
     artifact.verify()
     max_context_tokens = _max_context_tokens(name, settings, artifact)
-    num_threads = settings.num_threads or len(os.sched_getaffinity(0))
+    num_threads = settings.num_threads or _num_cores()
     session = OnnxSession(artifact, settings.num_slots, max_context_tokens, num_threads)
     backend = EngineBackend(session, settings.max_queued_requests, settings.max_chunk_tokens)
     function = Function(
@@ -39,6 +39,12 @@ def open_function(name: str, settings: FunctionSettings, ledger: Ledger, observe
     backend.start()
     function.started(_process_age_ms())
     return function
+
+
+def _num_cores() -> int:
+    """Return the cores that this process may run on, where the system tells, else all of them."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _process_age_ms() -> float:

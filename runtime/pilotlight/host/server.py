@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import socket
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +20,7 @@ from pilotlight.function import Function
 from pilotlight.host.inprocess import open_function
 from pilotlight.metering.ledger import Ledger
 
+BACKLOG = 2048
 CLOSE_TIMEOUT_S = 5
 """How long a connection may take to close after its stream was ended."""
 
@@ -84,14 +86,10 @@ class _Server(uvicorn.Server):
 
 def _bind(host: HostSettings) -> socket.socket:
     family = socket.AF_INET6 if ":" in host.address else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
     try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host.address, host.port))
+        return socket.create_server((host.address, host.port), family=family, backlog=BACKLOG)
     except OSError as error:
-        listener.close()
-        raise ConfigError(f"cannot listen on {host.address}:{host.port}: {error.strerror}") from error
-    return listener
+        raise ConfigError(f"cannot listen on {host.address}:{host.port}: {os.strerror(error.errno or 0)}") from error
 
 
 def _url(listener: socket.socket, address: str) -> str:

@@ -116,8 +116,9 @@ class Ledger:
     def close(self) -> None:
         """Make the waiting writes and let go of the ledger."""
         if self._lock is not None:
-            self._commits.close()
+            # the writer last: the last connection to close moves the log into the database, and a reader cannot
             self._reader.close()
+            self._commits.close()
             os.close(self._lock)
             self._lock = None
 
