@@ -6,7 +6,6 @@ import io
 from pathlib import Path
 
 import pytest
-from tiny_models import VARIANTS, FusedModel, write_model
 
 from pilotlight.artifact import GRAPH, Artifact, open_artifact
 from pilotlight_export.export import export_model
@@ -17,6 +16,7 @@ from pilotlight_export.quantize import RECIPES
 from pilotlight_export.source import open_source
 from pilotlight_export.trace import trace
 from pilotlight_export.verify.reference import Reference
+from tiny_models import VARIANTS, FusedModel, write_model
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,6 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from safetensors.numpy import load_file, save_file
-from tiny_models import CHAT_TEMPLATE
 
 import pilotlight_export.fuse
 from pilotlight.artifact import GRAPH, WEIGHTS, Artifact
@@ -22,6 +21,7 @@ from pilotlight_export.fuse.rotary import Rotation, read_rotation
 from pilotlight_export.progress import Progress
 from pilotlight_export.verify.graph_runner import GraphRunner
 from pilotlight_export.verify.reference import Reference
+from tiny_models import CHAT_TEMPLATE
 
 pytestmark = pytest.mark.model
 SILENT = Progress(io.StringIO())

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-from tiny_models import FusedModel
 
 from pilotlight_export.errors import FusionError
 from pilotlight_export.fuse import check_fused, fuse
 from pilotlight_export.trace import trace
 from pilotlight_export.verify.graph_runner import GraphRunner, Logits
+from tiny_models import FusedModel
 
 pytestmark = pytest.mark.model
 TOLERANCE = 1e-4
