@@ -10,20 +10,20 @@ from typing import NoReturn
 import click
 
 from pilotlight.errors import PilotlightError
-
-PRECISIONS = ("fp32", "int8", "int4")
+from pilotlight_export.recipes import PRECISIONS
 
 
 @click.command(name="pilotlight export", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("model")
 @click.option("--precision", type=click.Choice(PRECISIONS), default="int4", show_default=True, help="Of the weights.")
+@click.option("--recipe", help="How the precision is reached; docs/quantization.md compares them.")
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
     help="Directory of the artifact.  [default: artifacts/NAME-PRECISION]",
 )
 @click.option("--revision", help="Branch, tag or commit of a model on the hub.")
-def main(model: str, precision: str, out: Path | None, revision: str | None) -> None:
+def main(model: str, precision: str, recipe: str | None, out: Path | None, revision: str | None) -> None:
     """Export MODEL, a Hugging Face hub id or a directory, into a verified artifact.
 
     An artifact that exists at the target already is replaced once the new one is complete.
@@ -33,7 +33,7 @@ def main(model: str, precision: str, out: Path | None, revision: str | None) -> 
     try:
         from pilotlight_export.export import export_model
 
-        export_model(model, target, precision=precision, revision=revision)
+        export_model(model, target, precision=precision, recipe_name=recipe, revision=revision)
     except PilotlightError as error:
         fail(error.message)
     except ModuleNotFoundError as error:

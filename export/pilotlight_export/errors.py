@@ -4,6 +4,7 @@ StartupError                     (pilotlight.errors)
 └── ExportError
     ├── SourceError              the model is missing, incomplete or damaged
     ├── UnsupportedModel         the model is sound but cannot be exported
+    ├── UnknownRecipe            the precision has no recipe of that name
     ├── FusionError              the exported graph is not shaped as its family says
     ├── VerificationError        the artifact does not compute what the model computes
     └── TargetError              the artifact cannot be written where it was asked for
@@ -35,6 +36,12 @@ class UnsupportedModel(ExportError):
     """The model is sound but cannot be exported; the line names what was found and what is supported."""
 
     code = "model_unsupported"
+
+
+class UnknownRecipe(ExportError):
+    """The precision has no recipe of that name; the line names those it has."""
+
+    code = "recipe_unknown"
 
 
 class FusionError(ExportError):

@@ -14,7 +14,7 @@ from pilotlight_export.fuse import fuse
 from pilotlight_export.lower import lower
 from pilotlight_export.pack import check_target, copy_texts, move_into_place, seal, workplace
 from pilotlight_export.progress import Progress
-from pilotlight_export.quantize import RECIPES, Recipe
+from pilotlight_export.recipes import EXACT, Recipe, choose_recipe
 from pilotlight_export.source import Source, open_source
 from pilotlight_export.trace import trace
 from pilotlight_export.verify.fidelity import measure_fidelity
@@ -32,6 +32,7 @@ def export_model(
     target: Path,
     *,
     precision: str = "int4",
+    recipe_name: str | None = None,
     revision: str | None = None,
     progress: Progress | None = None,
 ) -> Manifest:
@@ -45,14 +46,15 @@ def export_model(
         TargetError: the target is something else already, cannot be written, or its disk is full.
     """
     progress = progress or Progress(sys.stderr)
+    recipe = choose_recipe(precision, recipe_name)
     check_target(target)
     with progress.stage("Source") as stage:
         source = open_source(model, revision)
-        for _, scheme in RECIPES[precision].rules:
-            check_block_size(source.config, scheme.block_size)
+        for block_size in recipe.block_sizes:
+            check_block_size(source.config, block_size)
         stage.outcome = f"{source.family.name}, {source.num_parameters / 1e6:,.1f} million parameters"
     with workplace(target) as directory:
-        manifest = _build(source, RECIPES[precision], directory, progress)
+        manifest = _build(source, recipe, directory, progress)
         move_into_place(directory / ARTIFACT, target, directory / "replaced")
     return manifest
 
@@ -62,11 +64,11 @@ def _build(source: Source, recipe: Recipe, directory: Path, progress: Progress) 
     prompts = Prompts(source.directory)
     fused = _fuse(source, directory, progress)
     artifact = _make(directory / ARTIFACT)
-    exact = _make(directory / "fp32") if recipe.rules else artifact
+    exact = _make(directory / "fp32") if recipe != EXACT else artifact
     with progress.stage("Write fp32") as stage:
-        lower(fused, RECIPES["fp32"], exact, stage.show_count)
+        lower(fused, EXACT, exact, stage.show_count)
     passages, verification = _verify_parity(source, exact / GRAPH, prompts, progress)
-    if recipe.rules:
+    if recipe != EXACT:
         _quantize(fused, recipe, artifact, progress)
         verification |= _verify_fidelity(source, exact / GRAPH, artifact / GRAPH, passages, progress)
     with progress.stage("Pack"):
@@ -80,7 +82,7 @@ def _fuse(source: Source, directory: Path, progress: Progress) -> ir.Model:
         num_traced = model.graph.num_nodes()
         stage.outcome = f"{num_traced:,} nodes"
     with progress.stage("Fuse") as stage:
-        fuse(model, source.family, source.shapes)
+        fuse(model, source.shapes)
         stage.outcome = f"{model.graph.num_nodes():,} nodes"
     return model
 

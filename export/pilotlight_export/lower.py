@@ -2,55 +2,89 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
-from pilotlight.artifact import GRAPH
-from pilotlight_export.fuse.graph import ABSTRACT, KERNELS, Array, array_of, named, operand
-from pilotlight_export.quantize import ACCURACY_LEVEL, Quantized, Recipe, Scheme, quantize
+from pilotlight.artifact import GRAPH, PREFILL_GRAPH, PREFILL_WEIGHTS, WEIGHTS
+from pilotlight_export.fuse.graph import ABSTRACT, KERNELS, Array, add_node, array_of, named, operand
+from pilotlight_export.quantize import QuantizedBlocks, quantize_blocks, quantize_columns
+from pilotlight_export.recipes import ACCURACY_LEVEL, HEADS, Blocks, Columns, GraphRecipe, Recipe
 from pilotlight_export.weights import WeightFile
 
 IR_VERSION = 10
+LEAST_MAXIMUM = 1e-30
+"""Keeps a token whose activations are all zero from being divided by zero."""
+
 OnWeight = Callable[[int, int], None]
+QuantizedHeads = dict[tuple[str, Blocks], QuantizedBlocks]
 
 
 def lower(fused: ir.Model, recipe: Recipe, directory: Path, on_weight: OnWeight | None = None) -> None:
-    """Write ``model.onnx`` and ``model.onnx.data`` at the recipe's precision; the fused graph stays as it is.
+    """Write the recipe's graph and its weights, or both graphs of a hybrid; the fused graph stays as it is.
 
-    Weights are read, quantized and written one by one, so that memory holds no more than one of them. ``on_weight`` is
-    told after each how many of how many are done.
+    Weights are read, quantized and written one by one, so that memory holds no more than one of them beside the
+    quantized embedding and head. ``on_weight`` is told after each how many of how many are done.
 
     Raises:
         OSError: the directory cannot be written or its disk is full.
     """
+    num_weights = len(_abstract_nodes(fused)) * (1 if recipe.prefill is None else 2)
+    done = count(1)
+    heads: QuantizedHeads = {}
+
+    def report() -> None:
+        if on_weight is not None:
+            on_weight(next(done), num_weights)
+
+    with WeightFile(directory / WEIGHTS) as weights:
+        _lower_graph(fused, directory / GRAPH, recipe.graph, weights, heads, report)
+    if recipe.prefill is not None:
+        with WeightFile(directory / PREFILL_WEIGHTS, earlier=weights) as prefill_weights:
+            _lower_graph(fused, directory / PREFILL_GRAPH, recipe.prefill, prefill_weights, heads, report)
+
+
+def _lower_graph(
+    fused: ir.Model,
+    path: Path,
+    recipe: GraphRecipe,
+    weights: WeightFile,
+    heads: QuantizedHeads,
+    report: Callable[[], None],
+) -> None:
     model = fused.clone()
-    nodes = [node for node in model.graph if node.domain == ABSTRACT]
-    with WeightFile(directory) as weights:
-        lowering = _Lowering(model.graph, recipe, weights)
-        for num_done, node in enumerate(nodes, start=1):
-            lowering.replace(node)
-            if on_weight is not None:
-                on_weight(num_done, len(nodes))
-        lowering.store_rest()
+    lowering = _Lowering(model.graph, recipe, weights, heads)
+    for node in _abstract_nodes(model):
+        lowering.replace(node)
+        report()
+    lowering.store_rest()
+    if recipe.dtype == "float16":
+        _compute_in_halves(model.graph)
+    model.graph.sort()
     model.ir_version = IR_VERSION
     model.graph.opset_imports[KERNELS] = 1
-    ir.save(model, directory / GRAPH)
+    ir.save(model, path)
+
+
+def _abstract_nodes(model: ir.Model) -> list[ir.Node]:
+    return [node for node in model.graph if node.domain == ABSTRACT]
 
 
 class _Lowering:
-    def __init__(self, graph: ir.Graph, recipe: Recipe, weights: WeightFile) -> None:
+    def __init__(self, graph: ir.Graph, recipe: GraphRecipe, weights: WeightFile, heads: QuantizedHeads) -> None:
         self._graph = graph
         self._recipe = recipe
         self._weights = weights
-        self._stored: set[str] = set()
-        self._shared: dict[str, Quantized] = {}
+        self._heads = heads
+        self._stored: dict[str, ir.Value] = {}
+        self._widened: dict[str, ir.Value] = {}
 
     def replace(self, node: ir.Node) -> None:
-        nodes = self._embedding(node) if node.op_type == "Embedding" else self._linear(node)
-        self._graph.insert_before(node, nodes)
-        old, new = node.outputs[0], nodes[-1].outputs[0]
+        new = self._embedding(node) if node.op_type == "Embedding" else self._linear(node)
+        old = node.outputs[0]
         new.name, new.type, new.shape = old.name, old.type, old.shape
         old.replace_all_uses_with(new, replace_graph_outputs=True)
         self._graph.remove(node, safe=True)
@@ -61,63 +95,142 @@ class _Lowering:
             if not value.uses():
                 del self._graph.initializers[name]
             elif name not in self._stored:
-                value.const_value = self._weights.add(name, array_of(value))
+                value.const_value = self._weights.add(name, self._narrow(array_of(value)))
+                value.type = ir.TensorType(value.const_value.dtype)
 
-    def _embedding(self, node: ir.Node) -> list[ir.Node]:
+    def _embedding(self, node: ir.Node) -> ir.Value:
         weight, token_ids = operand(node, 0), operand(node, 1)
         scheme = self._recipe.scheme_for(named(weight))
         if scheme is None:
-            return [ir.node("Gather", [weight, token_ids], {"axis": 0}, name=node.name)]
+            return self._add("Gather", [weight, token_ids], _name(node), {"axis": 0})
+        assert isinstance(scheme, Blocks), "an embedding is looked up, not multiplied"
         quantized = self._quantized(weight, scheme)
         rows = self._store(f"{named(weight)}.rows", quantized.packed.reshape(len(quantized.packed), -1))
-        scales = self._store(f"{named(weight)}.row_scales", quantized.scales)
         attributes = {"bits": scheme.bits, "block_size": scheme.block_size, "gather_axis": 0, "quantize_axis": 1}
-        return [ir.node("GatherBlockQuantized", [rows, token_ids, scales], attributes, domain=KERNELS, name=node.name)]
+        inputs = [rows, token_ids, *self._grid(weight, quantized)]
+        return self._add_kernel("GatherBlockQuantized", inputs, _name(node), attributes)
 
-    def _linear(self, node: ir.Node) -> list[ir.Node]:
+    def _linear(self, node: ir.Node) -> ir.Value:
         weight = operand(node, 1)
         scheme = self._recipe.scheme_for(named(weight))
-        if scheme is not None:
-            return [self._quantized_product(node, weight, scheme)]
+        if isinstance(scheme, Blocks):
+            return self._block_product(node, weight, scheme)
+        if isinstance(scheme, Columns):
+            return self._biased(node, self._int8_product(node, weight, scheme))
         if len(weight.uses()) > 1:  # a tied head reads the embedding as it lies, so that the bytes are stored once
-            return [ir.node("Gemm", node.inputs, {"transB": 1}, name=node.name)]
-        return self._float_product(node, weight)
+            return self._add("Gemm", node.inputs, _name(node), {"transB": 1})
+        transposed = self._store(f"{named(weight)}.transposed", self._narrow(array_of(weight).T))
+        return self._biased(node, self._add("MatMul", [operand(node, 0), transposed], _name(node)))
 
-    def _quantized_product(self, node: ir.Node, weight: ir.Value, scheme: Scheme) -> ir.Node:
+    def _block_product(self, node: ir.Node, weight: ir.Value, scheme: Blocks) -> ir.Value:
         quantized = self._quantized(weight, scheme)
-        packed = self._store(f"{named(weight)}.packed", quantized.packed)
-        scales = self._store(f"{named(weight)}.scales", quantized.scales)
-        bias = [None, None, node.inputs[2]] if len(node.inputs) > 2 else []
+        grid = self._grid(weight, quantized)
+        inputs: list[ir.Value | None] = [operand(node, 0), self._store(f"{named(weight)}.packed", quantized.packed)]
+        if len(node.inputs) > 2:
+            inputs += [grid[0], grid[1] if len(grid) > 1 else None, None, node.inputs[2]]
+        else:
+            inputs += grid
         attributes = {
             "N": len(quantized.packed),
-            "K": quantized.packed.shape[1] * scheme.block_size,
+            "K": quantized.scales.shape[1] * scheme.block_size,
             "bits": scheme.bits,
             "block_size": scheme.block_size,
             "accuracy_level": ACCURACY_LEVEL,
         }
-        inputs = [operand(node, 0), packed, scales, *bias]
-        return ir.node("MatMulNBits", inputs, attributes, domain=KERNELS, name=node.name)
+        return self._add_kernel("MatMulNBits", inputs, _name(node), attributes)
 
-    def _float_product(self, node: ir.Node, weight: ir.Value) -> list[ir.Node]:
-        transposed = self._store(f"{named(weight)}.transposed", array_of(weight).T)
-        product = ir.node("MatMul", [operand(node, 0), transposed], name=node.name)
+    def _int8_product(self, node: ir.Node, weight: ir.Value, scheme: Columns) -> ir.Value:
+        """Scale each token to its own maximum, multiply in int8, and scale back.
+
+        No token sees another one's maximum, so a row's result does not depend on the rows beside it.
+        """
+        quantized = quantize_columns(array_of(weight), scheme)
+        integers = self._store(f"{named(weight)}.integers", quantized.integers)
+        scales = self._store(f"{named(weight)}.column_scales", quantized.scales)
+        name, x = _name(node), operand(node, 0)
+        axes, least = self._store("last_axis", np.array([-1])), self._store("least_maximum", _float(LEAST_MAXIMUM))
+        step, middle = self._store("int8_step", _float(1 / 127)), self._store("int8_middle", np.array(128, np.uint8))
+        largest = self._add("ReduceMax", [self._add("Abs", [x], f"{name}/Abs"), axes], f"{name}/ReduceMax")
+        maximum = self._add("Max", [largest, least], f"{name}/Max")
+        ratio = self._add("Div", [x, maximum], f"{name}/Div")
+        tokens = self._add("QuantizeLinear", [ratio, step, middle], f"{name}/QuantizeLinear")
+        inputs = [tokens, integers, step, scales, middle]
+        product = self._add_kernel("MatMulIntegerToFloat", inputs, f"{name}/MatMulIntegerToFloat", {})
+        return self._add("Mul", [product, maximum], name)
+
+    def _biased(self, node: ir.Node, product: ir.Value) -> ir.Value:
         if len(node.inputs) < 3:
-            return [product]
-        product.outputs[0].name = f"{node.name}/product"
-        return [product, ir.node("Add", [product.outputs[0], node.inputs[2]], name=f"{node.name}/bias")]
+            return product
+        product.name = f"{_name(node)}/product"
+        return self._add("Add", [product, node.inputs[2]], f"{_name(node)}/bias")
 
-    def _quantized(self, weight: ir.Value, scheme: Scheme) -> Quantized:
+    def _grid(self, weight: ir.Value, quantized: QuantizedBlocks) -> list[ir.Value]:
+        """Store scales as float16 and widen them in the graph; the session does that once, when it loads."""
         name = named(weight)
-        if name in self._shared:
-            return self._shared.pop(name)
-        quantized = quantize(array_of(weight), scheme)
-        if len(weight.uses()) > 1:
-            self._shared[name] = quantized
+        if name not in self._widened:
+            halves = self._store(f"{name}.scales", quantized.scales)
+            to_floats = {"to": ir.DataType.FLOAT.value}
+            self._widened[name] = self._add("Cast", [halves], f"{name}.scales/Cast", to_floats)
+        grid = [self._widened[name]]
+        if quantized.zero_points is not None:
+            grid.append(self._store(f"{name}.zero_points", quantized.zero_points))
+        return grid
+
+    def _quantized(self, weight: ir.Value, scheme: Blocks) -> QuantizedBlocks:
+        """Quantize a weight; the embedding and the head, which several nodes may need, are kept."""
+        key = named(weight), scheme
+        if key in self._heads:
+            return self._heads[key]
+        quantized = quantize_blocks(array_of(weight), scheme)
+        if named(weight) in HEADS:
+            self._heads[key] = quantized
         return quantized
 
+    def _narrow(self, array: Array) -> Array:
+        return array.astype(self._recipe.dtype) if array.dtype == np.float32 else array
+
     def _store(self, name: str, array: Array) -> ir.Value:
-        tensor = self._weights.add(name, array)
-        value = ir.val(name, dtype=tensor.dtype, shape=ir.Shape(array.shape), const_value=tensor)
-        self._graph.register_initializer(value)
-        self._stored.add(name)
-        return value
+        """Register a tensor as an initializer, or return the one of that name."""
+        if name not in self._stored:
+            tensor = self._weights.add(name, array)
+            value = ir.val(name, dtype=tensor.dtype, shape=ir.Shape(array.shape), const_value=tensor)
+            self._graph.register_initializer(value)
+            self._stored[name] = value
+        return self._stored[name]
+
+    def _add(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        name: str,
+        attributes: Mapping[str, int | float] | None = None,
+    ) -> ir.Value:
+        return add_node(self._graph, op_type, inputs, name=name, attributes=attributes).outputs[0]
+
+    def _add_kernel(
+        self, op_type: str, inputs: Sequence[ir.Value | None], name: str, attributes: Mapping[str, int | float]
+    ) -> ir.Value:
+        return add_node(self._graph, op_type, inputs, name=name, attributes=attributes, domain=KERNELS).outputs[0]
+
+
+def _compute_in_halves(graph: ir.Graph) -> None:
+    """Declare every float32 value float16, which the weights are already, and widen the logits at the end."""
+    logits = graph.outputs[0]
+    name = named(logits)
+    for value in (*graph.inputs, *(output for node in graph for output in node.outputs)):
+        if value.dtype == ir.DataType.FLOAT:
+            value.type = ir.TensorType(ir.DataType.FLOAT16)  # a clone's values share their types with the original's
+    logits.name = f"{name}/half"
+    cast = add_node(graph, "Cast", [logits], name=f"{name}/Cast", attributes={"to": ir.DataType.FLOAT.value})
+    widened = cast.outputs[0]
+    widened.name, widened.type, widened.shape = name, ir.TensorType(ir.DataType.FLOAT), logits.shape
+    graph.outputs[0] = widened
+
+
+def _name(node: ir.Node) -> str:
+    assert node.name is not None
+    return node.name
+
+
+def _float(value: float) -> Array:
+    return np.array(value, np.float32)

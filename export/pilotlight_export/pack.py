@@ -23,7 +23,7 @@ from pilotlight.artifact import (
 )
 from pilotlight_export.config import read_optional_json
 from pilotlight_export.errors import TargetError
-from pilotlight_export.quantize import Recipe
+from pilotlight_export.recipes import Recipe
 from pilotlight_export.source import Source
 
 TOOLS = ("pilotlight", "torch", "optimum", "optimum-onnx", "transformers", "onnx", "onnx-ir", "onnxruntime")
@@ -91,7 +91,7 @@ def seal(
         num_parameters=source.num_parameters,
         shapes=source.shapes,
         special_tokens=source.special_tokens,
-        kv=KvLayout(dtype="float32"),
+        kv=KvLayout(dtype=recipe.graph.dtype),
         verification=verification,
         files={path.name: FileEntry(sha256_of(path), path.stat().st_size) for path in sorted(directory.iterdir())},
         tools={name: importlib.metadata.version(name) for name in TOOLS},

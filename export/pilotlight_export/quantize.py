@@ -1,98 +1,93 @@
-"""Block quantization of weights, and the recipes that say which weight gets which scheme."""
+"""From a weight's floats to the integers and scales of its scheme."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 import numpy as np
 import numpy.typing as npt
+
+from pilotlight_export.recipes import Blocks, Columns
 
 ROWS_AT_ONCE = 256
 SCALE_FACTORS = tuple(np.linspace(1.05, 0.8, 9, dtype=np.float32))
 """Candidates around the full-range scale; more or wider ones lower the error by less than one part in a thousand."""
 
 Floats = npt.NDArray[np.float32]
+Halves = npt.NDArray[np.float16]
 Bytes = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
-class Scheme:
-    """How a weight is stored: integers of ``bits`` bits with one scale for each block of a row, zero in the middle."""
-
-    bits: int
-    block_size: int
-
-    @property
-    def zero_point(self) -> int:
-        return 1 << (self.bits - 1)
-
-    def __str__(self) -> str:
-        return f"{self.bits} bits, block {self.block_size}, symmetric, scales by least squares"
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Which weights are quantized how: the first rule whose pattern fits a name decides; others stay float32."""
-
-    precision: str
-    rules: tuple[tuple[str, Scheme], ...] = ()
-
-    def scheme_for(self, weight_name: str) -> Scheme | None:
-        return next((scheme for pattern, scheme in self.rules if fnmatchcase(weight_name, pattern)), None)
-
-    def summary(self) -> dict[str, str | int | float | bool]:
-        """Return the recipe as it is written into the manifest."""
-        return {"accuracy_level": ACCURACY_LEVEL, **{p: str(s) for p, s in self.rules}} if self.rules else {}
-
-
-ACCURACY_LEVEL = 4
-"""MatMulNBits multiplies in int8; the exact level 0 decodes at less than half the speed."""
-
-RECIPES: dict[str, Recipe] = {
-    "fp32": Recipe("fp32"),
-    "int8": Recipe("int8", (("*", Scheme(bits=8, block_size=32)),)),
-    "int4": Recipe("int4", (("*", Scheme(bits=4, block_size=32)),)),
-}
-
-
-@dataclass(frozen=True)
-class Quantized:
-    """A quantized weight.
+class QuantizedBlocks:
+    """A weight [N, K] in blocks: ``scales · (integers - zero_points)``, in the middle where there are no zero points.
 
     Shapes:
-        packed [N, K / block_size, block_size * bits / 8], scales [N, K / block_size]
+        packed [N, K / block_size, block_size * bits / 8], scales [N, K / block_size],
+        zero_points [N, K / block_size * bits / 8], rounded up
     """
 
     packed: Bytes
+    scales: Halves
+    zero_points: Bytes | None = None
+
+
+@dataclass(frozen=True)
+class QuantizedColumns:
+    """A weight [N, K] with one scale for each of its N outputs, transposed as the kernel wants it.
+
+    Shapes:
+        integers [K, N], scales [N]
+    """
+
+    integers: npt.NDArray[np.int8]
     scales: Floats
 
 
-def quantize(weight: Floats, scheme: Scheme) -> Quantized:
-    """Quantize a weight row by row in blocks.
+def quantize_blocks(weight: Floats, scheme: Blocks, importance: Floats | None = None) -> QuantizedBlocks:
+    """Quantize a weight row by row in blocks; an error in a column counts as much as that column's importance.
 
     Shapes:
-        weight [N, K], K a multiple of the block size
+        weight [N, K], K a multiple of the block size; importance [K]
     """
-    parts = [_quantize_rows(rows, scheme) for rows in _row_groups(weight)]
-    return Quantized(
-        np.concatenate([part.packed for part in parts]),
-        np.concatenate([part.scales for part in parts]),
-    )
+    per_block = None if importance is None else importance.reshape(-1, scheme.block_size)
+    return _joined([_quantize_rows(rows, scheme, per_block) for rows in _row_groups(weight)])
 
 
-def dequantize(quantized: Quantized, scheme: Scheme) -> Floats:
+def dequantize_blocks(quantized: QuantizedBlocks, scheme: Blocks) -> Floats:
     """Return the weight that the kernels compute with.
 
     Shapes:
         output [N, K]
     """
-    packed = quantized.packed
-    if scheme.bits == 4:
-        packed = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:2], scheme.block_size)
-    centred = packed.astype(np.float32) - scheme.zero_point
-    return (centred * quantized.scales[..., None]).reshape(len(packed), -1)
+    num_rows, num_blocks = quantized.scales.shape
+    integers = _unpack(quantized.packed, scheme.bits).astype(np.float32)
+    if quantized.zero_points is None:
+        centred = integers - _middle(scheme)
+    else:
+        centred = integers - _unpack(quantized.zero_points, scheme.bits)[:, :num_blocks, None]
+    return (centred * quantized.scales[..., None].astype(np.float32)).reshape(num_rows, -1)
+
+
+def quantize_columns(weight: Floats, scheme: Columns) -> QuantizedColumns:
+    """Quantize a weight with one scale for each row, which is one output of the product.
+
+    Shapes:
+        weight [N, K]
+    """
+    scales = np.abs(weight).max(axis=1) / np.float32(scheme.limit)
+    integers = np.rint(_ratio(weight, np.broadcast_to(scales[:, None], weight.shape)))
+    return QuantizedColumns(np.ascontiguousarray(integers.astype(np.int8).T), scales)
+
+
+def dequantize_columns(quantized: QuantizedColumns) -> Floats:
+    """Return the weight that the kernel computes with.
+
+    Shapes:
+        output [N, K]
+    """
+    return quantized.integers.T.astype(np.float32) * quantized.scales[:, None]
 
 
 def _row_groups(weight: Floats) -> Iterator[Floats]:
@@ -100,42 +95,95 @@ def _row_groups(weight: Floats) -> Iterator[Floats]:
         yield weight[start : start + ROWS_AT_ONCE]
 
 
-def _quantize_rows(rows: Floats, scheme: Scheme) -> Quantized:
+def _joined(parts: Sequence[QuantizedBlocks]) -> QuantizedBlocks:
+    zero_points = [part.zero_points for part in parts if part.zero_points is not None]
+    return QuantizedBlocks(
+        np.concatenate([part.packed for part in parts]),
+        np.concatenate([part.scales for part in parts]),
+        np.concatenate(zero_points) if zero_points else None,
+    )
+
+
+def _quantize_rows(rows: Floats, scheme: Blocks, importance: Floats | None) -> QuantizedBlocks:
     blocks = rows.reshape(len(rows), -1, scheme.block_size)
-    scales = _best_scales(blocks, scheme)
-    integers = (_round(blocks, scales, scheme) + scheme.zero_point).astype(np.uint8)
-    return Quantized(_pack(integers, scheme), scales[..., 0])
+    grid = _best_grid(blocks, scheme, np.ones(1, np.float32) if importance is None else importance)
+    halves = grid.scales.astype(np.float16)
+    grid = _Grid(halves.astype(np.float32), grid.zero_points)
+    packed = _pack(_round(blocks, grid, scheme).astype(np.uint8), scheme.bits)
+    if scheme.zero_point == "middle":
+        return QuantizedBlocks(packed, halves[..., 0])
+    return QuantizedBlocks(packed, halves[..., 0], _pack(grid.zero_points[..., 0].astype(np.uint8), scheme.bits))
 
 
-def _best_scales(blocks: Floats, scheme: Scheme) -> Floats:
-    """Try scales around the full range, refit each by least squares, and keep the one with the least error."""
-    full = best = _full_range_scales(blocks, scheme)
-    best_error = _error(blocks, best, scheme)
-    for factor in SCALE_FACTORS:
-        scales = _refit(blocks, full * factor, scheme)
-        error = _error(blocks, scales, scheme)
-        better = error < best_error
-        best, best_error = np.where(better, scales, best), np.where(better, error, best_error)
+@dataclass(frozen=True)
+class _Grid:
+    """Where a block's integers lie on the line.
+
+    Shapes:
+        both [N, K / block_size, 1]
+    """
+
+    scales: Floats
+    zero_points: Floats
+
+
+def _best_grid(blocks: Floats, scheme: Blocks, importance: Floats) -> _Grid:
+    """Try scales around the full range, refit each by least squares, and keep the grid with the least error."""
+    if scheme.scales == "nearest":
+        return next(_full_range_grids(blocks, scheme))
+    best: _Grid | None = None
+    for full in _full_range_grids(blocks, scheme):
+        best = best or full
+        best_error = _error(blocks, best, scheme, importance)
+        for factor in SCALE_FACTORS:
+            grid = _refit(blocks, _Grid(full.scales * factor, full.zero_points), scheme, importance)
+            error = _error(blocks, grid, scheme, importance)
+            better = error < best_error
+            best = _Grid(
+                np.where(better, grid.scales, best.scales), np.where(better, grid.zero_points, best.zero_points)
+            )
+            best_error = np.where(better, error, best_error)
+    assert best is not None
     return best
 
 
-def _full_range_scales(blocks: Floats, scheme: Scheme) -> Floats:
-    """Map each block's extreme to the lowest integer, which lies one further from zero than the highest."""
+def _full_range_grids(blocks: Floats, scheme: Blocks) -> Iterator[_Grid]:
+    """Yield grids that cover a block's whole range; the first is the one of rounding to nearest.
+
+    A symmetric grid has its extreme at the lowest integer, which lies one further from zero than the highest.
+    """
+    if scheme.zero_point == "fitted":
+        lowest = np.minimum(blocks.min(axis=-1, keepdims=True), 0)
+        highest = np.maximum(blocks.max(axis=-1, keepdims=True), 0)
+        scales = (highest - lowest) / np.float32(_highest(scheme))
+        nearest = np.rint(_ratio(-lowest, scales))
+        for shift in (0, -1, 1) if scheme.scales == "searched" else (0,):
+            yield _Grid(scales, np.clip(nearest + np.float32(shift), 0, _highest(scheme)))
+        if scheme.scales == "nearest":
+            return
     extreme = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=-1, keepdims=True), axis=-1)
-    return (extreme / np.float32(-scheme.zero_point)).astype(np.float32)
+    scales = extreme / np.float32(-_middle(scheme))
+    yield _Grid(scales, np.full_like(scales, _middle(scheme)))
 
 
-def _round(blocks: Floats, scales: Floats, scheme: Scheme) -> Floats:
-    inverse = _ratio(np.ones_like(scales), scales)
-    integers: Floats = np.clip(np.rint(blocks * inverse), -scheme.zero_point, scheme.zero_point - 1)
+def _round(blocks: Floats, grid: _Grid, scheme: Blocks) -> Floats:
+    inverse = _ratio(np.ones_like(grid.scales), grid.scales)
+    integers: Floats = np.clip(np.rint(blocks * inverse) + grid.zero_points, 0, _highest(scheme))
     return integers
 
 
-def _refit(blocks: Floats, scales: Floats, scheme: Scheme) -> Floats:
-    integers = _round(blocks, scales, scheme)
-    power = (integers * integers).sum(axis=-1, keepdims=True)
-    fit = (integers * blocks).sum(axis=-1, keepdims=True)
-    return _ratio(fit, power)
+def _refit(blocks: Floats, grid: _Grid, scheme: Blocks, importance: Floats) -> _Grid:
+    centred = _round(blocks, grid, scheme) - grid.zero_points
+    weighted = centred * importance
+    power = (weighted * centred).sum(axis=-1, keepdims=True)
+    fit = (weighted * blocks).sum(axis=-1, keepdims=True)
+    return _Grid(_ratio(fit, power), grid.zero_points)
+
+
+def _error(blocks: Floats, grid: _Grid, scheme: Blocks, importance: Floats) -> Floats:
+    difference = blocks - (_round(blocks, grid, scheme) - grid.zero_points) * grid.scales
+    squares: Floats = (difference * difference * importance).sum(axis=-1, keepdims=True)
+    return squares
 
 
 def _ratio(dividend: Floats, divisor: Floats) -> Floats:
@@ -144,13 +192,24 @@ def _ratio(dividend: Floats, divisor: Floats) -> Floats:
     return ratio
 
 
-def _error(blocks: Floats, scales: Floats, scheme: Scheme) -> Floats:
-    difference = blocks - _round(blocks, scales, scheme) * scales
-    squares: Floats = (difference * difference).sum(axis=-1, keepdims=True)
-    return squares
+def _middle(scheme: Blocks) -> int:
+    return 1 << (scheme.bits - 1)
 
 
-def _pack(integers: Bytes, scheme: Scheme) -> Bytes:
-    if scheme.bits == 8:
+def _highest(scheme: Blocks) -> int:
+    return (1 << scheme.bits) - 1
+
+
+def _pack(integers: Bytes, bits: int) -> Bytes:
+    """Put two integers of four bits into each byte, the first one into the low bits; an odd one out gets a zero."""
+    if bits == 8:
         return integers
+    if integers.shape[-1] % 2:
+        integers = np.concatenate([integers, np.zeros_like(integers[..., :1])], axis=-1)
     return np.bitwise_or(integers[..., 0::2], np.left_shift(integers[..., 1::2], 4), dtype=np.uint8)
+
+
+def _unpack(packed: Bytes, bits: int) -> Bytes:
+    if bits == 8:
+        return packed
+    return np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)

@@ -14,6 +14,10 @@ input                          shape, type                 meaning
 =============================  ==========================  ==================================================
 
 Outputs are ``logits`` [N, V] float32 and ``present.i.key`` / ``present.i.value``, bound to the same memory as the past.
+
+An artifact of precision ``hybrid`` has a second graph of the same interface, ``prefill.onnx``, for prefill and for large
+batches. Both read and write the same KV cache, so a runtime may change from one to the other between any two runs. Its
+weights lie in ``prefill.onnx.data`` and, where both graphs use the same ones, in ``model.onnx.data``.
 """
 
 from __future__ import annotations
@@ -34,6 +38,8 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 GRAPH = "model.onnx"
 WEIGHTS = "model.onnx.data"
+PREFILL_GRAPH = "prefill.onnx"
+PREFILL_WEIGHTS = "prefill.onnx.data"
 TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 GENERATION_CONFIG = "generation_config.json"

@@ -12,7 +12,7 @@ from pilotlight_export.export import export_model
 from pilotlight_export.fuse import fuse
 from pilotlight_export.lower import lower
 from pilotlight_export.progress import Progress
-from pilotlight_export.quantize import RECIPES
+from pilotlight_export.recipes import EXACT, PRECISIONS
 from pilotlight_export.source import open_source
 from pilotlight_export.trace import trace
 from pilotlight_export.verify.reference import Reference
@@ -35,8 +35,8 @@ def variant(
     directory = tmp_path_factory.mktemp("variant")
     source = open_source(str(write_model(directory / "model", **VARIANTS[request.param])), None)
     fused = trace(source.directory, directory / "traced")
-    fuse(fused, source.family, source.shapes)
-    lower(fused, RECIPES["fp32"], directory)
+    fuse(fused, source.shapes)
+    lower(fused, EXACT, directory)
     return FusedModel(source, fused, directory / GRAPH, Reference(source.directory))
 
 
@@ -50,6 +50,6 @@ def tiny_llama(one_torch_thread: None, tmp_path_factory: pytest.TempPathFactory)
 def artifacts(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
     """The tiny model exported at every precision."""
     directory = tmp_path_factory.mktemp("artifacts")
-    for precision in RECIPES:
+    for precision in PRECISIONS:
         export_model(str(tiny_llama), directory / precision, precision=precision, progress=Progress(io.StringIO()))
-    return {precision: open_artifact(directory / precision) for precision in RECIPES}
+    return {precision: open_artifact(directory / precision) for precision in PRECISIONS}

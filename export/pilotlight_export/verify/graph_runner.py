@@ -29,7 +29,7 @@ class GraphRunner:
         self._num_layers = shapes.num_layers
         self._cache_tokens = cache_tokens
         row_shape = (shapes.num_kv_heads, cache_tokens, shapes.head_size)
-        self._cache = np.zeros((shapes.num_layers, 2, num_rows, *row_shape), np.float32)
+        self._cache = np.zeros((shapes.num_layers, 2, num_rows, *row_shape), self._cache_dtype())
         self.lengths = np.zeros(num_rows, np.int64)
 
     def prefill(self, rows: Sequence[TokenIds], positions: Sequence[Sequence[int]]) -> Logits:
@@ -74,9 +74,13 @@ class GraphRunner:
         for layer in range(self._num_layers):
             for index, part in enumerate(("key", "value")):
                 cache = self._cache[layer, index]
-                place = ("cpu", 0, np.float32, cache.shape, cache.ctypes.data)
+                place = ("cpu", 0, cache.dtype, cache.shape, cache.ctypes.data)
                 binding.bind_input(f"past_key_values.{layer}.{part}", *place)
                 binding.bind_output(f"present.{layer}.{part}", *place)
         self._session.run_with_iobinding(binding)
         logits: Logits = binding.copy_outputs_to_cpu()[0]
         return logits
+
+    def _cache_dtype(self) -> npt.DTypeLike:
+        declared = next(value.type for value in self._session.get_inputs() if value.name.startswith("past_key_values"))
+        return np.float16 if declared == "tensor(float16)" else np.float32
