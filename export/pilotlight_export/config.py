@@ -8,23 +8,37 @@ from typing import Any
 
 from pilotlight.artifact import Shapes, SpecialTokens
 from pilotlight_export.errors import SourceError, UnsupportedModel
-from pilotlight_export.families import FAMILIES
+from pilotlight_export.families import FAMILIES, Family
+from pilotlight_export.rope import check_rope, usable_context_tokens, with_older_rope_keys
 
 HEAD_SIZE_STEP = 16
 """The attention kernel takes heads in such steps only."""
 
+LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 
-def check_config(config: dict[str, Any]) -> None:
+
+def check_config(stored: dict[str, Any]) -> dict[str, Any]:
     """Check all that a config tells about whether its model can be exported.
+
+    Returns the config as transformers 4 is to read it, completed by what its family assumes.
 
     Raises:
         SourceError: a dimension is missing or malformed.
         UnsupportedModel: the model cannot be exported.
     """
-    _check_architecture(config)
-    _check_weights_format(config)
-    _check_rotary(config)
+    _check_architecture(stored)
+    _check_weights_format(stored)
+    family = family_of(stored)
+    config = {**family.assumed, **with_older_rope_keys(stored)}
+    check_rope(config, family)
+    _check_attention(config)
     _check_dimensions(read_shapes(config))
+    return config
+
+
+def family_of(config: dict[str, Any]) -> Family:
+    """Return the family of a config that has been checked."""
+    return FAMILIES[config["architectures"][0]]
 
 
 def read_shapes(config: dict[str, Any]) -> Shapes:
@@ -43,7 +57,7 @@ def read_shapes(config: dict[str, Any]) -> Shapes:
             head_size=int(config.get("head_dim") or hidden_size // num_heads),
             hidden_size=hidden_size,
             vocab_size=int(config["vocab_size"]),
-            max_context_tokens=int(config["max_position_embeddings"]),
+            max_context_tokens=usable_context_tokens(config),
         )
     except KeyError as error:
         raise SourceError(f"config.json has no {error.args[0]}") from error
@@ -123,17 +137,13 @@ def _check_weights_format(config: dict[str, Any]) -> None:
         raise UnsupportedModel(f"the model is quantized already ({method}); export its unquantized original")
 
 
-def _check_rotary(config: dict[str, Any]) -> None:
-    if "rope_parameters" in config and "rope_theta" not in config:
-        raise UnsupportedModel(
-            "config.json has the rope_parameters of transformers 5, which the exporter's transformers 4 would ignore; "
-            "write them as rope_theta and rope_scaling"
-        )
-    supported = FAMILIES[config["architectures"][0]].rope_types
-    scaling = config.get("rope_scaling") or {}
-    found = scaling.get("rope_type", scaling.get("type", "default"))
-    if found not in supported:
-        raise UnsupportedModel(f"rope scaling {found!r} is not supported; supported: {', '.join(sorted(supported))}")
+def _check_attention(config: dict[str, Any]) -> None:
+    unknown = set(config.get("layer_types") or []) - LAYER_TYPES
+    if unknown:
+        supported = ", ".join(sorted(LAYER_TYPES))
+        raise UnsupportedModel(f"layers of type {sorted(unknown)[0]!r} are not supported; supported: {supported}")
+    if config.get("use_bidirectional_attention"):
+        raise UnsupportedModel("attention to later tokens (use_bidirectional_attention) is not supported")
 
 
 def _check_dimensions(shapes: Shapes) -> None:

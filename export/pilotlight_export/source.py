@@ -2,26 +2,42 @@
 
 from __future__ import annotations
 
+import atexit
+import json
 import re
+import shutil
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pilotlight.artifact import Shapes, SpecialTokens
 from pilotlight.artifact import Source as SourceEntry
-from pilotlight_export.config import check_config, read_json, read_optional_json, read_shapes, read_special_tokens
+from pilotlight_export.config import (
+    check_config,
+    family_of,
+    read_json,
+    read_optional_json,
+    read_shapes,
+    read_special_tokens,
+)
 from pilotlight_export.errors import SourceError, first_line
-from pilotlight_export.families import FAMILIES, Family
+from pilotlight_export.families import Family
 from pilotlight_export.safetensors_headers import count_parameters
 
+CONFIG = "config.json"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 SMALL_FILES = ["*.json", "*.jinja", "LICENSE*", "LICENCE*", "README.md", "tokenizer.model"]
 
 
 @dataclass(frozen=True)
 class Source:
-    """A complete model directory of a supported family."""
+    """A complete model of a supported family.
+
+    ``directory`` is what transformers is to load: the model's own directory, or links to its files beside a config.json
+    that says in transformers 4's words what the model's own one says or leaves out.
+    """
 
     directory: Path
     entry: SourceEntry
@@ -56,16 +72,16 @@ def open_source(model: str, revision: str | None) -> Source:
 def _open_directory(directory: Path, revision: str | None) -> Source:
     if revision is not None:
         raise SourceError(f"{directory}: a directory has no revisions; leave out --revision {revision}")
-    check_config(read_json(directory / "config.json"))
-    return _checked(directory, directory.resolve().name, None)
+    config = check_config(read_json(directory / CONFIG))
+    return _complete(directory, config, directory.resolve().name, None)
 
 
 def _open_hub(model: str, revision: str | None) -> Source:
     """Fetch the small files first, so that an unsupported model is refused before its weights are downloaded."""
     directory = _download(model, revision, SMALL_FILES)
-    check_config(read_json(directory / "config.json"))
+    config = check_config(read_json(directory / CONFIG))
     commit = directory.name
-    return _checked(_download(model, commit, [*SMALL_FILES, "*.safetensors"]), model, commit)
+    return _complete(_download(model, commit, [*SMALL_FILES, "*.safetensors"]), config, model, commit)
 
 
 def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
@@ -92,14 +108,26 @@ def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
         raise SourceError(f"{model}: the hub refused it ({first_line(error)})") from error
 
 
-def _checked(directory: Path, model: str, revision: str | None) -> Source:
+def _complete(directory: Path, config: dict[str, Any], model: str, revision: str | None) -> Source:
     """Make a Source of a directory whose config has been checked."""
-    config = read_json(directory / "config.json")
     _check_weights_exist(directory)
     _check_tokenizer(directory, read_shapes(config))
     entry = SourceEntry(model=model, revision=revision, license=_license_name(directory))
     num_parameters = count_parameters(directory, is_tied=bool(config.get("tie_word_embeddings", False)))
-    return Source(directory, entry, config, FAMILIES[config["architectures"][0]], num_parameters)
+    return Source(_readable(directory, config), entry, config, family_of(config), num_parameters)
+
+
+def _readable(directory: Path, config: dict[str, Any]) -> Path:
+    """Return a directory with this config: the model's own, or links to its files until the process ends."""
+    if config == read_json(directory / CONFIG):
+        return directory
+    linked = Path(tempfile.mkdtemp(prefix="pilotlight-"))
+    atexit.register(shutil.rmtree, linked, ignore_errors=True)
+    for path in directory.iterdir():
+        (linked / path.name).symlink_to(path.resolve())
+    (linked / CONFIG).unlink()
+    (linked / CONFIG).write_text(json.dumps(config))
+    return linked
 
 
 def _check_weights_exist(directory: Path) -> None:

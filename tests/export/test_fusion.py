@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -117,8 +116,11 @@ def test_a_missing_attention_is_refused(variant: FusedModel) -> None:
         check_fused(graph, variant.source.shapes)
 
 
-def test_a_family_whose_modules_have_other_names_is_refused(variant: FusedModel, tmp_path: Path) -> None:
-    family = replace(variant.source.family, gate="mlp/w1")
+def test_an_attention_of_another_shape_is_refused(variant: FusedModel, tmp_path: Path) -> None:
     traced = trace(variant.source.directory, tmp_path)
-    with pytest.raises(FusionError, match=r"has no /model/layers\.0/mlp/w1"):
-        fuse(traced, family, variant.source.shapes)
+    product = next(node for node in traced.graph if node.name == "/model/layers.0/self_attn/MatMul")
+    clipped = ir.node("Clip", [product.inputs[0]], name="/model/layers.0/self_attn/Clip")
+    traced.graph.insert_before(product, clipped)
+    product.replace_input_with(0, clipped.outputs[0])
+    with pytest.raises(FusionError, match=r"Clip /model/layers\.0/self_attn/Clip has no place in an attention"):
+        fuse(traced, variant.source.shapes)

@@ -13,24 +13,23 @@ from onnx_ir.passes import common
 
 from pilotlight.artifact import Shapes
 from pilotlight_export.errors import FusionError
-from pilotlight_export.families import Family
 from pilotlight_export.fuse.attention import Cache, Present, fuse_attention
 from pilotlight_export.fuse.graph import find_node
 from pilotlight_export.fuse.linear import fuse_embeddings, fuse_linears
-from pilotlight_export.fuse.mlp import fuse_silu, pack_gate_and_up
+from pilotlight_export.fuse.mlp import fuse_gelu, fuse_silu, pack_gate_and_up
 from pilotlight_export.fuse.norm import drop_float_casts, fuse_norms, fuse_residuals
 from pilotlight_export.fuse.positions import gather_requested
-from pilotlight_export.fuse.rotary import add_caches, read_rotation
+from pilotlight_export.fuse.rotary import add_caches, read_rotation, rotary_modules
 
 UNFUSED = frozenset({"Softmax", "Cos", "Sin", "Pow", "ReduceMean", "Range", "Shape", "Expand", "Where", "Cast"})
 """Operators of attention masks, rotary angles, norms and shape arithmetic, none of which survives a complete fusion."""
 
 
-def fuse(model: ir.Model, family: Family, shapes: Shapes) -> None:
+def fuse(model: ir.Model, shapes: Shapes) -> None:
     """Turn Optimum's graph into the artifact's graph, in place.
 
     Raises:
-        FusionError: the graph is not shaped as its family says, or something in it was left unfused.
+        FusionError: the graph is not shaped as a decoder's, or something in it was left unfused.
     """
     graph = model.graph
     _lift_constants(model)
@@ -40,7 +39,8 @@ def fuse(model: ir.Model, family: Family, shapes: Shapes) -> None:
     fuse_linears(graph)
     fuse_norms(graph)
     fuse_silu(graph)
-    presents = _fuse_layers(graph, family, shapes, cache)
+    fuse_gelu(graph)
+    presents = _fuse_layers(graph, shapes, cache)
     fuse_residuals(graph)
     _replace_outputs(graph, shapes, presents)
     _clean(model)
@@ -94,12 +94,15 @@ def _input(graph: ir.Graph, name: str) -> ir.Value:
     raise FusionError(f"the exported graph has no input {name}")
 
 
-def _fuse_layers(graph: ir.Graph, family: Family, shapes: Shapes, cache: Cache) -> list[Present]:
-    rotary = add_caches(graph, read_rotation(graph, family.rotary), shapes.max_context_tokens)
+def _fuse_layers(graph: ir.Graph, shapes: Shapes, cache: Cache) -> list[Present]:
+    caches = {
+        module: add_caches(graph, module.rpartition("/")[2], read_rotation(graph, module), shapes.max_context_tokens)
+        for module in rotary_modules(graph)
+    }
     presents = []
     for layer in range(shapes.num_layers):
-        presents.append(fuse_attention(graph, layer, family, shapes, cache, rotary))
-        pack_gate_and_up(graph, layer, family)
+        presents.append(fuse_attention(graph, layer, shapes, cache, caches))
+        pack_gate_and_up(graph, layer)
     return presents
 
 

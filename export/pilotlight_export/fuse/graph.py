@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,8 +36,17 @@ def array_of(weight: ir.Value) -> Any:
 
 
 def scalar(value: ir.Value | None) -> float | None:
-    """Return a constant of one element as a number, or None for anything else."""
-    if value is None or value.const_value is None or value.const_value.size != 1:
+    """Return a constant of one element as a number, or None for anything else.
+
+    Constants are not folded in an exported graph, so one may still be the square root of another, or a cast of it.
+    """
+    if value is None:
+        return None
+    node = value.producer()
+    if node is not None and node.op_type in ("Cast", "Unsqueeze", "Sqrt"):
+        number = scalar(node.inputs[0])
+        return math.sqrt(number) if number is not None and node.op_type == "Sqrt" else number
+    if value.const_value is None or value.const_value.size != 1:
         return None
     return float(value.const_value.numpy().item())
 

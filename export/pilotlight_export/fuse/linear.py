@@ -58,6 +58,14 @@ def pack_linears(graph: ir.Graph, linears: Sequence[ir.Node], name: str) -> ir.N
     return add_node(graph, "Linear", inputs, name=name, domain=ABSTRACT)
 
 
+def split_columns(graph: ir.Graph, linear: ir.Node, widths: Sequence[int], name: str) -> Sequence[ir.Value]:
+    """Cut the output of a packed ``Linear`` into parts of these widths."""
+    sizes = add_initializer(graph, f"{name}/widths", np.array(widths, np.int64))
+    parts = [f"part{index}" for index in range(len(widths))]
+    inputs = [linear.outputs[0], sizes]
+    return add_node(graph, "Split", inputs, name=name, outputs=parts, attributes={"axis": -1}).outputs
+
+
 def _transposed_weight(node: ir.Node) -> ir.Value | None:
     if node.op_type != "MatMul":
         return None

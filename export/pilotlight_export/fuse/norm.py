@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 
-from pilotlight_export.fuse.graph import KERNELS, add_node, chain, is_weight, operand, other_input, scalar, scope
+from pilotlight_export.fuse.graph import (
+    KERNELS,
+    add_initializer,
+    add_node,
+    array_of,
+    chain,
+    is_weight,
+    named,
+    operand,
+    other_input,
+    scalar,
+    scope,
+)
 
 _TAIL = ("ReduceMean", "Add", "Sqrt", "Div", "Mul", "Mul")
 
@@ -40,8 +53,8 @@ def _fuse_norm(graph: ir.Graph, square: ir.Node) -> None:
         return
     mean, add_epsilon, _, _, normalize, multiply = tail
     epsilon = scalar(other_input(add_epsilon, mean.outputs[0]))
-    weight = other_input(multiply, normalize.outputs[0])
-    if epsilon is None or not is_weight(weight):
+    weight = _shifted_weight(graph, other_input(multiply, normalize.outputs[0]))
+    if epsilon is None or weight is None:
         return
     norm = add_node(
         graph,
@@ -51,6 +64,18 @@ def _fuse_norm(graph: ir.Graph, square: ir.Node) -> None:
         attributes={"axis": -1, "epsilon": epsilon, "stash_type": 1},
     )
     multiply.outputs[0].replace_all_uses_with(norm.outputs[0])
+
+
+def _shifted_weight(graph: ir.Graph, weight: ir.Value) -> ir.Value | None:
+    """Return a norm's weight; one that the model stores less a constant, as Gemma does less one, is added up."""
+    if is_weight(weight):
+        return weight
+    addition = weight.producer()
+    shift = scalar(addition.inputs[1]) if addition is not None and addition.op_type == "Add" else None
+    if addition is None or shift is None or not is_weight(addition.inputs[0]):
+        return None
+    stored = operand(addition, 0)
+    return add_initializer(graph, f"{named(stored)}.shifted", array_of(stored) + np.float32(shift))
 
 
 def _fold_addition(graph: ir.Graph, addition: ir.Node, norm: ir.Node) -> None:

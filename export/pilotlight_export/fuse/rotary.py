@@ -33,6 +33,11 @@ class RotaryCaches:
     sin: ir.Value
 
 
+def rotary_modules(graph: ir.Graph) -> list[str]:
+    """List the modules that compute rotary angles."""
+    return list(dict.fromkeys(scope(node) for node in graph if node.op_type == "Cos"))
+
+
 def read_rotation(graph: ir.Graph, module: str) -> Rotation:
     """Read the rotary frequencies, with whatever scaling the model has, out of the exported graph.
 
@@ -47,8 +52,8 @@ def read_rotation(graph: ir.Graph, module: str) -> Rotation:
     return Rotation(frequencies.astype(np.float32).reshape(-1), _scale_after(cosine))
 
 
-def add_caches(graph: ir.Graph, rotation: Rotation, max_context_tokens: int) -> RotaryCaches:
-    """Register the cosine and sine caches.
+def add_caches(graph: ir.Graph, name: str, rotation: Rotation, max_context_tokens: int) -> RotaryCaches:
+    """Register the cosine and sine caches under a name.
 
     The angle is a float32 product, as in the model, so that late positions turn by exactly the same amount.
     """
@@ -56,7 +61,7 @@ def add_caches(graph: ir.Graph, rotation: Rotation, max_context_tokens: int) -> 
     angles = (positions[:, None] * rotation.frequencies[None, :]).astype(np.float64)
     cos = (np.cos(angles) * rotation.scale).astype(np.float32)
     sin = (np.sin(angles) * rotation.scale).astype(np.float32)
-    return RotaryCaches(add_initializer(graph, "rotary.cos", cos), add_initializer(graph, "rotary.sin", sin))
+    return RotaryCaches(add_initializer(graph, f"{name}.cos", cos), add_initializer(graph, f"{name}.sin", sin))
 
 
 def _producer_of(node: ir.Node | None, op_type: str) -> ir.Node | None:
