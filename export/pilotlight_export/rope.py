@@ -43,8 +43,8 @@ def check_rope(config: dict[str, Any], family: Family) -> None:
 def usable_context_tokens(config: dict[str, Any]) -> int:
     """Return the longest text for which the angles depend on the position alone.
 
-    With longrope the angles of all positions change when a text outgrows the original context. Keys in the KV cache keep
-    the angles that they were written with, so such a model is exported for texts up to there.
+    With longrope the angles of all positions change when a text outgrows the original context. Keys in the KV cache
+    keep the angles that they were written with, so such a model is exported for texts up to there.
     """
     max_tokens = int(config["max_position_embeddings"])
     scaling = config.get("rope_scaling") or {}

@@ -77,7 +77,7 @@ def test_weights_are_what_was_stored_bit_for_bit(model: Path, tmp_path: Path, dt
     found = weights_of(traced)
     for name, weight in expected.items():
         np.testing.assert_array_equal(found[name].numpy(), weight.numpy(), strict=True)
-    fuse(traced, source.family, source.shapes)
+    fuse(traced, source.shapes)
 
 
 def test_numbers_of_another_kind_are_refused(model: Path) -> None:

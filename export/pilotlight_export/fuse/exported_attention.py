@@ -15,16 +15,18 @@ import onnx_ir as ir
 from pilotlight_export.errors import FusionError
 from pilotlight_export.fuse.graph import operand, other_input, scalar, scope
 
-_STEPS = frozenset(
-    {"Reshape", "Transpose", "Unsqueeze", "Slice", "Expand", "Cast", "Neg", "SimplifiedLayerNormalization"}
-)
+NORM = "SimplifiedLayerNormalization"
+_STEPS = frozenset({"Reshape", "Transpose", "Unsqueeze", "Slice", "Expand", "Cast", "Neg", NORM})
 _JOINTS = frozenset({"Mul", "Add", "Concat"})
 _ENDS = frozenset({"Linear", "Cos", "Sin"})
 
 
 @dataclass(frozen=True)
 class Projected:
-    """A query, key or value: its projection, the norm after that, and the module of the rotary angles it is turned by."""
+    """A query, key or value: its projection, the norm after that, and the module whose rotary angles turn it.
+
+    ``offset`` is its first channel in a projection that the model itself packs.
+    """
 
     linear: ir.Node
     offset: int
@@ -121,7 +123,7 @@ def _without_factor(value: ir.Value) -> tuple[ir.Value, float]:
 def _read_projected(value: ir.Value) -> Projected:
     nodes = _path(value)
     linears = [node for node in nodes if node.op_type == "Linear"]
-    norms = [node for node in nodes if node.op_type == "SimplifiedLayerNormalization"]
+    norms = [node for node in nodes if node.op_type == NORM]
     rotary_modules = {scope(node) for node in nodes if node.op_type == "Cos"}
     if len(linears) != 1 or len(norms) > 1 or len(rotary_modules) > 1:
         raise FusionError(f"{value.name} does not come from one projection, at most one norm and one rotary embedding")

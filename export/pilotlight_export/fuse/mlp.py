@@ -55,7 +55,7 @@ def fuse_silu(graph: ir.Graph) -> None:
 
 
 def fuse_gelu(graph: ir.Graph) -> None:
-    """Replace ``x · (1 + tanh(√(2/π) · (x + 0.044715 · x³))) / 2`` by FastGelu, which is the same function in one node."""
+    """Replace ``x · (1 + tanh(√(2/π) · (x + 0.044715 · x³))) / 2`` by one FastGelu, the same function."""
     for node in list(graph):
         tail = chain(node.outputs[0], "Add", "Mul", "Mul") if node.op_type == "Tanh" else None
         if tail is None:
