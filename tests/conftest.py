@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,3 +29,11 @@ def demo_fp32(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 def demo_int4(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """The demo model as ``pilotlight export`` makes it by default."""
     return export_artifact(DEMO_MODEL, tmp_path_factory.mktemp("demo") / "demo-int4", "int4")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _graph_cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Servers started by tests keep their graphs here and not in the user's home."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("PILOTLIGHT_CACHE_DIR", str(tmp_path_factory.mktemp("graphs")))
+        yield

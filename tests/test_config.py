@@ -14,7 +14,7 @@ from pilotlight.metering.prices import PriceTable
 
 EXAMPLE = Path(__file__).parents[1] / "pilotlight.example.toml"
 LOOPBACK_ONLY = "without keys the server listens on loopback only (127.0.0.1, ::1, localhost)"
-HOST_KEYS = "address, port, ledger, max_body_bytes, drain_timeout_s"
+HOST_KEYS = "address, port, ledger, max_body_bytes, cache_dir, drain_timeout_s"
 FUNCTION_KEYS = "artifact, num_slots, max_context_tokens, max_queued_requests, max_chunk_tokens, num_threads, prices"
 
 
@@ -54,7 +54,8 @@ def test_a_file_defines_functions(file: Path) -> None:
 def test_an_unknown_variable_is_an_error() -> None:
     assert refusal(None, {"PILOTLIGHT_PROT": "1"}) == (
         "unknown variable PILOTLIGHT_PROT = '1'; expected one of PILOTLIGHT_ADDRESS, PILOTLIGHT_PORT, "
-        "PILOTLIGHT_LEDGER, PILOTLIGHT_MAX_BODY_BYTES, PILOTLIGHT_DRAIN_TIMEOUT_S, PILOTLIGHT_ARTIFACT"
+        "PILOTLIGHT_LEDGER, PILOTLIGHT_MAX_BODY_BYTES, PILOTLIGHT_CACHE_DIR, PILOTLIGHT_DRAIN_TIMEOUT_S, "
+        "PILOTLIGHT_ARTIFACT"
     )
     assert load_settings(None, {"PILOTLIGHT_ARTIFACT": "demo"}).host == HostSettings()
 
@@ -65,11 +66,12 @@ def test_every_host_setting_has_its_variable() -> None:
         "PILOTLIGHT_PORT": "0",
         "PILOTLIGHT_LEDGER": "other.db",
         "PILOTLIGHT_MAX_BODY_BYTES": "10",
+        "PILOTLIGHT_CACHE_DIR": "",
         "PILOTLIGHT_DRAIN_TIMEOUT_S": "0.5",
     }
     names = {f"PILOTLIGHT_{field.name.upper()}" for field in msgspec.structs.fields(HostSettings)}
     assert names == environment.keys()
-    assert load_settings(None, environment).host == HostSettings("localhost", 0, "other.db", 10, 0.5)
+    assert load_settings(None, environment).host == HostSettings("localhost", 0, "other.db", 10, "", 0.5)
 
 
 def test_port_is_honoured_and_our_own_variable_wins() -> None:

@@ -128,18 +128,38 @@ def invoke(
         click.echo(_summary(record), err=True)
 
 
-@main.command(
-    short_help="Turn a Hugging Face model into an artifact.",
-    context_settings={"ignore_unknown_options": True, "help_option_names": []},
-)
+_handed_over: dict[str, Any] = {"ignore_unknown_options": True, "help_option_names": []}
+
+
+@main.command(short_help="Turn a Hugging Face model into an artifact.", context_settings=_handed_over)
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def export(arguments: tuple[str, ...]) -> None:
     """Turn a Hugging Face model into an artifact (needs the extra `pilotlight[export]`)."""
+    _run_exporter("export", arguments)
+
+
+@main.command(short_help="Compare an artifact with its source again.", context_settings=_handed_over)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def verify(arguments: tuple[str, ...]) -> None:
+    """Compare an artifact with the model that it was made of again (needs the extra `pilotlight[export]`)."""
+    _run_exporter("verify", arguments)
+
+
+@main.command(short_help="Find the smallest artifact that is good enough.", context_settings=_handed_over)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def evaluate(arguments: tuple[str, ...]) -> None:
+    """Compare artifacts by size, speed, memory and quality (needs the extra `pilotlight[export]`)."""
+    _run_exporter("evaluate", arguments)
+
+
+def _run_exporter(command: str, arguments: tuple[str, ...]) -> None:
     # The exporter is another program: the runtime never imports it, nor torch.
     if importlib.util.find_spec("optimum") is None:
-        raise ConfigError("export needs more than a runtime does; install it with: pip install 'pilotlight[export]'")
+        raise ConfigError(
+            f"{command} needs more than a runtime does; install it with: pip install 'pilotlight[export]'"
+        )
     # With -P, files in the current directory don't stand in for its modules.
-    os.execv(sys.executable, [sys.executable, "-P", "-m", "pilotlight_export", *arguments])  # noqa: S606
+    os.execv(sys.executable, [sys.executable, "-P", "-m", "pilotlight_export", command, *arguments])  # noqa: S606
 
 
 @main.command(short_help="Describe an artifact and verify its checksums.")
@@ -211,7 +231,7 @@ async def _invoke(artifact: Path, settings: Settings, request: Any, quiet: bool)
 
     with Ledger(Path(settings.host.ledger)) as ledger:
         of_function = FunctionSettings(artifact=str(artifact), num_slots=1)
-        function = open_function(artifact.name, of_function, ledger)
+        function = open_function(artifact.name, of_function, settings.host, ledger)
         try:
             invocation = await function.invoke(request)
             pieces = []

@@ -25,12 +25,13 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 class HostSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``[host]``: where the server listens and what it keeps."""
+    """``[host]``: where the server listens and what it keeps. An empty ``cache_dir`` keeps no optimized graphs."""
 
     address: str = "127.0.0.1"
     port: Port = 8080
     ledger: str = "pilotlight.db"
     max_body_bytes: Positive = 4 * 1024 * 1024
+    cache_dir: str = "~/.cache/pilotlight"
     drain_timeout_s: Annotated[float, Meta(ge=0, le=3600)] = 10.0
 
 

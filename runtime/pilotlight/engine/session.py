@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from pilotlight.artifact import GRAPH, Artifact
-from pilotlight.engine.slots import KvCache
+from pilotlight.artifact import GRAPH, PREFILL_GRAPH, WEIGHTS, Artifact, Manifest, Shapes
+from pilotlight.engine.graph_cache import GraphCache
+from pilotlight.engine.slots import KV_DTYPES, KvCache
 from pilotlight.errors import ArtifactError
 
 Ids = NDArray[np.int64]
 Logits = NDArray[np.float32]
+
+MIN_BATCH_ROWS = 4
+"""From so many rows on, a decode step is faster on the prefill graph (measured: docs/performance.md)."""
 
 
 class Session(Protocol):
@@ -35,24 +40,53 @@ class Session(Protocol):
 
 
 class OnnxSession:
-    """An ONNX Runtime session whose past and present share the buffers of one ``KvCache``.
+    """An artifact's graph on one KV cache, or its two graphs: both read and write the same cache, so a sequence can go
+    from one to the other between any two steps.
 
     The logits that a run returns are valid until the next run of the same kind; the caller may change them in place.
     """
 
-    def __init__(self, artifact: Artifact, num_slots: int, max_context_tokens: int, num_threads: int) -> None:
-        """Load the graph and allocate the cache.
+    def __init__(
+        self,
+        artifact: Artifact,
+        num_slots: int,
+        max_context_tokens: int,
+        num_threads: int,
+        cache_dir: Path | None = None,
+    ) -> None:
+        """Load the graphs and allocate the KV cache. In ``cache_dir`` the optimized graphs are kept for the next start.
 
         Raises:
-            ArtifactError: ONNX Runtime cannot load the graph.
+            ArtifactError: ONNX Runtime cannot load a graph.
         """
         manifest = artifact.manifest
         self.num_slots = num_slots
         self.max_context_tokens = max_context_tokens
-        self._vocab_size = manifest.shapes.vocab_size
         self._cache = KvCache(manifest.shapes, manifest.kv.dtype, num_slots, max_context_tokens)
         self.kv_bytes_per_token = self._cache.bytes_per_token
-        self._session = _load(artifact, num_threads)
+        kept = GraphCache(cache_dir, f"onnxruntime {ort.__version__}") if cache_dir is not None else None
+        names = [name for name in (GRAPH, PREFILL_GRAPH) if name in manifest.files]
+        graphs = [_Graph(_load(artifact, name, num_threads, kept), self._cache, manifest.shapes) for name in names]
+        self._graph, self._prefill_graph = graphs[0], graphs[-1]
+
+    def prefill(self, slot: int, token_ids: Ids, past_tokens: int) -> Logits:
+        return self._prefill_graph.prefill(slot, token_ids, past_tokens)
+
+    def decode(self, token_ids: Ids, past_tokens: Ids) -> Logits:
+        graph = self._prefill_graph if len(token_ids) >= MIN_BATCH_ROWS else self._graph
+        return graph.decode(token_ids, past_tokens)
+
+    def move(self, source: int, target: int, num_tokens: int) -> None:
+        self._cache.move(source, target, num_tokens)
+
+
+class _Graph:
+    """One graph, bound to the cache: a binding for each slot's prefill and for each decode batch size."""
+
+    def __init__(self, session: ort.InferenceSession, cache: KvCache, shapes: Shapes) -> None:
+        self._session = session
+        self._cache = cache
+        self._vocab_size = shapes.vocab_size
         self._decode_runs: dict[int, _DecodeRun] = {}
         self._prefill_bindings: dict[int, ort.IOBinding] = {}
         self._prefill_logits = np.empty((1, self._vocab_size), np.float32)
@@ -63,7 +97,7 @@ class OnnxSession:
             binding = self._prefill_bindings[slot] = self._bind(slot, slot + 1, self._prefill_logits)
         num_tokens = len(token_ids)
         # The kernel takes a run for the first one of its sequence when the total length is the run's own length.
-        total = num_tokens if past_tokens == 0 else self.max_context_tokens
+        total = num_tokens if past_tokens == 0 else self._cache.max_context_tokens
         binding.bind_cpu_input("input_ids", np.ascontiguousarray(token_ids.reshape(1, num_tokens)))
         binding.bind_cpu_input("seqlens_k", np.array([past_tokens + num_tokens - 1], np.int32))
         binding.bind_cpu_input("total_sequence_length", np.array(total, np.int32))
@@ -81,9 +115,6 @@ class OnnxSession:
         self._session.run_with_iobinding(run.binding)
         return run.logits
 
-    def move(self, source: int, target: int, num_tokens: int) -> None:
-        self._cache.move(source, target, num_tokens)
-
     def _make_decode_run(self, num_rows: int) -> _DecodeRun:
         logits = np.empty((num_rows, self._vocab_size), np.float32)
         run = _DecodeRun(
@@ -95,7 +126,7 @@ class OnnxSession:
         # bind_cpu_input copies, so the arrays which change between steps are bound by their address
         for name, array in (("input_ids", run.token_ids), ("seqlens_k", run.seqlens_k)):
             run.binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
-        run.binding.bind_cpu_input("total_sequence_length", np.array(self.max_context_tokens, np.int32))
+        run.binding.bind_cpu_input("total_sequence_length", np.array(self._cache.max_context_tokens, np.int32))
         run.binding.bind_cpu_input("logits_indices", np.arange(num_rows, dtype=np.int64))
         return run
 
@@ -120,13 +151,84 @@ class _DecodeRun:
     binding: ort.IOBinding
 
 
-def _load(artifact: Artifact, num_threads: int) -> ort.InferenceSession:
+def _load(artifact: Artifact, name: str, num_threads: int, cache: GraphCache | None) -> ort.InferenceSession:
+    """Open a graph, or what the cache keeps of it; a graph that was not kept yet is kept on the way."""
+    path = artifact.path / name
+    if cache is None:
+        return _open(path, _options(num_threads))
+    kept = cache.find(artifact, name)
+    try:
+        if kept is not None:
+            return _open(kept, _kept_options(num_threads))
+        with cache.making(artifact, name) as target:
+            return _open_and_keep(path, target, num_threads, artifact.manifest)
+    except (ArtifactError, OSError):
+        # a full disk, say; and if the artifact itself is bad, it fails again below
+        cache.discard(artifact, name)
+        return _open(path, _options(num_threads))
+
+
+def _open_and_keep(path: Path, target: Path, num_threads: int, manifest: Manifest) -> ort.InferenceSession:
+    """Open a graph and write it to ``target`` as it was optimized, with its weights prepacked where that works.
+
+    Raises:
+        ArtifactError: the graph cannot be loaded, or what was written computes something else.
+    """
+    for keep in (_KEEP | _PREPACKED, _KEEP):
+        options = _options(num_threads)
+        for key, value in keep.items():
+            options.add_session_config_entry(key, value)
+        options.optimized_model_filepath = str(target)
+        session = _open(path, options)
+        kept = _open(target, _kept_options(num_threads))
+        if np.array_equal(_probe(session, manifest), _probe(kept, manifest)):
+            return session
+    raise ArtifactError(target, "does not compute what it was made from")
+
+
+_KEEP = {
+    "session.optimized_model_external_initializers_file_name": WEIGHTS,
+    # Between the two: axes and split sizes must stay in the graph, and weights must be where they can be mapped.
+    "session.optimized_model_external_initializers_min_size_in_bytes": "128",
+}
+
+# ONNX Runtime 1.31.1 writes prepacked weights wherever the file has got to, but the kernels read them with pointers
+# that they align themselves; so what was written can mean something else when it is mapped. Hence the probe.
+_PREPACKED = {"session.save_external_prepacked_constant_initializers": "1"}
+
+
+def _probe(session: ort.InferenceSession, manifest: Manifest) -> Logits:
+    """Return the logits [8, V] of a fixed prompt of eight tokens."""
+    num_tokens = 8
+    shapes = manifest.shapes
+    empty = np.zeros((1, shapes.num_kv_heads, num_tokens, shapes.head_size), KV_DTYPES[manifest.kv.dtype])
+    layers = range(shapes.num_layers)
+    feeds: dict[str, Any] = {f"past_key_values.{layer}.{kind}": empty for layer in layers for kind in ("key", "value")}
+    feeds["input_ids"] = np.arange(num_tokens, dtype=np.int64)[None]
+    feeds["seqlens_k"] = np.array([num_tokens - 1], np.int32)
+    feeds["total_sequence_length"] = np.array(num_tokens, np.int32)
+    feeds["logits_indices"] = np.arange(num_tokens, dtype=np.int64)
+    logits: Logits = session.run(["logits"], feeds)[0]
+    return logits
+
+
+def _kept_options(num_threads: int) -> ort.SessionOptions:
+    options = _options(num_threads)
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return options
+
+
+def _options(num_threads: int) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.intra_op_num_threads = num_threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
+    return options
+
+
+def _open(path: Path, options: ort.SessionOptions) -> ort.InferenceSession:
     try:
-        return ort.InferenceSession(str(artifact.graph_path), options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's errors share no base class of their own
         cause = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ArtifactError(artifact.path / GRAPH, f"ONNX Runtime cannot load it ({cause})") from error
+        raise ArtifactError(path, f"ONNX Runtime cannot load it ({cause})") from error

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from pilotlight.artifact import Artifact, open_artifact
-from pilotlight.config import FunctionSettings
+from pilotlight.config import FunctionSettings, HostSettings
 from pilotlight.engine.backend import EngineBackend
 from pilotlight.engine.session import OnnxSession
 from pilotlight.errors import ConfigError
@@ -19,7 +19,9 @@ DEFAULT_MAX_CONTEXT_TOKENS = 4096
 """A slot's cache grows with its context, and models that were trained on 128 k tokens would fill a machine's memory."""
 
 
-def open_function(name: str, settings: FunctionSettings, ledger: Ledger, observer: Observer | None = None) -> Function:
+def open_function(
+    name: str, settings: FunctionSettings, host: HostSettings, ledger: Ledger, observer: Observer | None = None
+) -> Function:
     """Verify an artifact, load it and start its engine on the running event loop.
 
     Raises:
@@ -31,7 +33,8 @@ def open_function(name: str, settings: FunctionSettings, ledger: Ledger, observe
     artifact.verify()
     max_context_tokens = _max_context_tokens(name, settings, artifact)
     num_threads = settings.num_threads or _num_cores()
-    session = OnnxSession(artifact, settings.num_slots, max_context_tokens, num_threads)
+    cache_dir = Path(host.cache_dir).expanduser() if host.cache_dir else None
+    session = OnnxSession(artifact, settings.num_slots, max_context_tokens, num_threads, cache_dir)
     backend = EngineBackend(session, settings.max_queued_requests, settings.max_chunk_tokens)
     function = Function(
         name, artifact, backend, ledger, prices, max_context_tokens=max_context_tokens, observer=observer

@@ -44,7 +44,7 @@ async def _serve(settings: Settings, on_ready: OnReady) -> None:
         functions: dict[str, Function] = {}
         try:
             for name, of_function in settings.functions.items():
-                functions[name] = open_function(name, of_function, ledger, metrics)
+                functions[name] = open_function(name, of_function, settings.host, ledger, metrics)
             metrics.watch(functions)
             app = Api(functions, ledger, metrics, settings.host.max_body_bytes).app()
             on_ready(_url(listener, settings.host.address), functions)

@@ -1,0 +1,152 @@
+"""Kept graphs: used when they are ours and fit, made again when they are stale, never trusted when they are foreign."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from onnxruntime import InferenceSession
+
+from pilotlight.artifact import GRAPH, WEIGHTS, Artifact, Manifest, open_artifact
+from pilotlight.engine.graph_cache import STAMP, GraphCache
+from pilotlight.engine.session import OnnxSession
+from support import write_artifact
+
+PROMPT = np.arange(10, 90, dtype=np.int64)
+
+
+def keep(cache: GraphCache, artifact: Artifact) -> Path:
+    with cache.making(artifact, GRAPH) as target:
+        target.write_bytes(b"graph")
+        (target.parent / WEIGHTS).write_bytes(b"weights")
+    kept = cache.find(artifact, GRAPH)
+    assert kept is not None
+    return kept
+
+
+def test_a_graph_is_found_after_it_was_made(toy_artifact: Artifact, tmp_path: Path) -> None:
+    cache = GraphCache(tmp_path / "cache", "runtime 1")
+    assert cache.find(toy_artifact, GRAPH) is None
+    kept = keep(cache, toy_artifact)
+    assert kept.read_bytes() == b"graph"
+    assert GraphCache(tmp_path / "cache", "runtime 1").find(toy_artifact, GRAPH) == kept
+    cache.discard(toy_artifact, GRAPH)
+    assert cache.find(toy_artifact, GRAPH) is None
+
+
+def test_a_graph_of_another_runtime_is_stale_and_is_replaced(toy_artifact: Artifact, tmp_path: Path) -> None:
+    keep(GraphCache(tmp_path, "runtime 1"), toy_artifact)
+    newer = GraphCache(tmp_path, "runtime 2")
+    assert newer.find(toy_artifact, GRAPH) is None
+    keep(newer, toy_artifact)
+    assert len(list(tmp_path.rglob(STAMP))) == 1
+
+
+def test_a_graph_of_another_processor_is_stale(
+    toy_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep(GraphCache(tmp_path, "runtime 1"), toy_artifact)
+    monkeypatch.setattr("pilotlight.engine.graph_cache._processor", lambda: "another")
+    assert GraphCache(tmp_path, "runtime 1").find(toy_artifact, GRAPH) is None
+
+
+def test_a_graph_that_was_moved_to_another_artifact_is_foreign(toy_artifact: Artifact, tmp_path: Path) -> None:
+    cache = GraphCache(tmp_path / "cache", "runtime 1")
+    other = open_artifact(write_artifact(tmp_path / "other", family="other"))
+    entry = keep(cache, toy_artifact).parent
+    place = keep(cache, other).parent
+    cache.discard(other, GRAPH)
+    entry.rename(place)
+    assert cache.find(other, GRAPH) is None
+
+
+def _truncate(entry: Path) -> None:
+    (entry / WEIGHTS).write_bytes(b"w")
+
+
+def _touch(entry: Path) -> None:
+    os.utime(entry / WEIGHTS, ns=(1, 1))
+
+
+def _alter_graph(entry: Path) -> None:
+    (entry / GRAPH).write_bytes(b"grapH")
+
+
+def _open_to_others(entry: Path) -> None:
+    entry.chmod(0o777)
+
+
+def _garble_stamp(entry: Path) -> None:
+    (entry / STAMP).write_bytes(b"{")
+
+
+@pytest.mark.parametrize("damage", [_truncate, _touch, _alter_graph, _open_to_others, _garble_stamp])
+def test_a_changed_graph_is_not_trusted(toy_artifact: Artifact, tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    cache = GraphCache(tmp_path, "runtime 1")
+    damage(keep(cache, toy_artifact).parent)
+    assert cache.find(toy_artifact, GRAPH) is None
+    keep(cache, toy_artifact)
+
+
+def test_a_failed_making_leaves_nothing(toy_artifact: Artifact, tmp_path: Path) -> None:
+    cache = GraphCache(tmp_path, "runtime 1")
+    with pytest.raises(FileNotFoundError), cache.making(toy_artifact, GRAPH) as target:
+        target.write_bytes(b"a graph without weights")
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def _logits(artifact: Artifact, cache_dir: Path | None) -> NDArray[np.float32]:
+    session = OnnxSession(artifact, 2, 128, num_threads=1, cache_dir=cache_dir)
+    first = session.prefill(0, PROMPT, 0).copy()
+    return np.concatenate([first, session.decode(np.array([5]), np.array([len(PROMPT)]))])
+
+
+@pytest.mark.model
+def test_a_kept_graph_computes_the_same_bits(demo_int4: Artifact, tmp_path: Path) -> None:
+    plain = _logits(demo_int4, None)
+    making = _logits(demo_int4, tmp_path)
+    stamp = next(tmp_path.rglob(STAMP))
+    made_at_ns = stamp.stat().st_mtime_ns
+    kept = _logits(demo_int4, tmp_path)
+    assert stamp.stat().st_mtime_ns == made_at_ns, "the kept graph was used, not made again"
+    assert np.array_equal(plain, making)
+    assert np.array_equal(plain, kept)
+
+
+@pytest.mark.model
+def test_a_graph_that_was_kept_wrongly_is_not_used(
+    demo_int4: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def probe(session: InferenceSession, manifest: Manifest) -> NDArray[np.float32]:
+        """Make each session look different from the one before."""
+        probed.append(session)
+        return np.full(1, len(probed), np.float32)
+
+    probed: list[InferenceSession] = []
+    monkeypatch.setattr("pilotlight.engine.session._probe", probe)
+    assert np.array_equal(_logits(demo_int4, tmp_path), _logits(demo_int4, None))
+    assert len(probed) == 4, "prepacked, then without"
+    assert not list(tmp_path.rglob(STAMP))
+
+
+@pytest.mark.model
+def test_a_kept_graph_that_does_not_load_is_dropped(demo_int4: Artifact, tmp_path: Path) -> None:
+    plain = _logits(demo_int4, tmp_path)
+    stamp_path = next(tmp_path.rglob(STAMP))
+    (stamp_path.parent / GRAPH).write_bytes(b"no graph at all")
+    cache = GraphCache(tmp_path, msgspec.json.decode(stamp_path.read_bytes())["runtime"])
+    stamp_path.write_bytes(msgspec.json.encode(cache._stamp(demo_int4, GRAPH, stamp_path.parent)))
+    assert np.array_equal(_logits(demo_int4, tmp_path), plain)
+    assert cache.find(demo_int4, GRAPH) is None
+
+
+@pytest.mark.model
+def test_a_cache_that_cannot_be_written_is_no_error(demo_int4: Artifact, tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("not a directory")
+    assert np.array_equal(_logits(demo_int4, blocked / "cache"), _logits(demo_int4, None))
