@@ -1,4 +1,4 @@
-"""Tiny Llama models with random weights, whose every part matters to the logits."""
+"""Tiny models with random weights, whose every part matters to the logits."""
 
 from __future__ import annotations
 
@@ -42,17 +42,17 @@ class FusedModel:
     reference: Reference
 
 
-def write_model(directory: Path, **overrides: Any) -> Path:
+def write_model(directory: Path, architecture: str = "LlamaForCausalLM", **overrides: Any) -> Path:
     """Write a complete model directory: config, safetensors, tokenizer, chat template, generation settings, licence."""
     directory.mkdir(parents=True)
-    _write_weights(directory, **overrides)
+    _write_weights(directory, architecture, **overrides)
     _write_tokenizer(directory)
     (directory / "LICENSE").write_text("Use it as you like.\n")
     (directory / "README.md").write_text("---\nlicense: apache-2.0\n---\nA tiny model.\n")
     return directory
 
 
-def _write_weights(directory: Path, **overrides: Any) -> None:
+def _write_weights(directory: Path, architecture: str, **overrides: Any) -> None:
     with quiet():
         import torch
         import transformers
@@ -72,10 +72,12 @@ def _write_weights(directory: Path, **overrides: Any) -> None:
             "bos_token_id": 0,
             "eos_token_id": 1,
         }
-        model = library.LlamaForCausalLM(library.LlamaConfig(**(config | overrides)))
+        model_class = getattr(library, architecture)
+        model = model_class(model_class.config_class(**(config | overrides)))
+        norm_mean = 0.0 if architecture.startswith("Gemma") else 1.0  # Gemma adds one to what it stores
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:
-                torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.3)
+                torch.nn.init.normal_(parameter, mean=norm_mean if "norm" in name else 0.0, std=0.3)
         model.generation_config = library.GenerationConfig(bos_token_id=0, eos_token_id=[1, 2], pad_token_id=2)
         model.save_pretrained(directory)
 

@@ -63,8 +63,10 @@ def _older(parameters: dict[str, Any]) -> dict[str, Any]:
     for key in ("partial_rotary_factor", *_beside_longrope(scaling)):
         if key in scaling:
             older[key] = scaling.pop(key)
+    if _rope_type(scaling) in LONG_ROPE:  # Phi-3's own check knows no other key
+        scaling["type"] = scaling.pop("rope_type")
     if _rope_type(scaling) != "default":
-        older["rope_scaling"] = scaling | {"type": _rope_type(scaling)}
+        older["rope_scaling"] = scaling
     return older
 
 
