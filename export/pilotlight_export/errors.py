@@ -1,4 +1,4 @@
-"""Why an export ends without an artifact; each is one line for a person.
+"""Why an export ends without an artifact, or a measurement without a result; each is one line for a person.
 
 StartupError                     (pilotlight.errors)
 └── ExportError
@@ -7,6 +7,7 @@ StartupError                     (pilotlight.errors)
     ├── UnknownRecipe            the precision has no recipe of that name
     ├── FusionError              the exported graph is not shaped as its family says
     ├── VerificationError        the artifact does not compute what the model computes
+    ├── TextError                the text to measure on cannot be read
     └── TargetError              the artifact cannot be written where it was asked for
 """
 
@@ -54,6 +55,12 @@ class VerificationError(ExportError):
     """The artifact does not compute what the model computes."""
 
     code = "verification_failed"
+
+
+class TextError(ExportError):
+    """The text to measure on cannot be read."""
+
+    code = "text_invalid"
 
 
 class TargetError(ExportError):

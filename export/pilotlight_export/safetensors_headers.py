@@ -12,6 +12,7 @@ from typing import Any
 
 from pilotlight_export.errors import SourceError
 
+SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000
@@ -32,21 +33,36 @@ def count_parameters(directory: Path, *, is_tied: bool) -> int:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """List the files that hold the weights, by the index where there is one.
+    """List the files that hold the weights: the single one or those of the index, as transformers chooses.
 
     Raises:
         SourceError: the index cannot be read or names a file that is not there.
     """
+    if (directory / SINGLE).exists():
+        return [directory / SINGLE]
+    if not (directory / INDEX).exists():
+        return []
+    paths = listed_files(directory)
+    for path in paths:
+        if not path.exists():
+            raise SourceError(f"{path}: is missing, but {INDEX} names it")
+    return paths
+
+
+def listed_files(directory: Path) -> list[Path]:
+    """List the files that the index names, whether they exist or not.
+
+    Raises:
+        SourceError: the index cannot be read, or names a file outside of the directory.
+    """
     index = directory / INDEX
-    if not index.exists():
-        return sorted(directory.glob("*.safetensors"))
     try:
         names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        outside = [name for name in names if Path(name).name != name]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SourceError(f"{index}: cannot be read ({error})") from error
-    for name in names:
-        if not (directory / name).exists():
-            raise SourceError(f"{directory / name}: is missing, but {INDEX} names it")
+    if outside:
+        raise SourceError(f"{index}: names {outside[0]!r}, which is not a plain file name")
     return [directory / name for name in names]
 
 

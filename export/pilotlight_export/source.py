@@ -6,7 +6,6 @@ import atexit
 import json
 import re
 import shutil
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +23,12 @@ from pilotlight_export.config import (
 )
 from pilotlight_export.errors import SourceError, first_line
 from pilotlight_export.families import Family
-from pilotlight_export.safetensors_headers import count_parameters
+from pilotlight_export.hub import fetch_model
+from pilotlight_export.pickles import convert_pickles, pickle_files
+from pilotlight_export.safetensors_headers import INDEX, SINGLE, count_parameters, weight_files
 
 CONFIG = "config.json"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-SMALL_FILES = ["*.json", "*.jinja", "LICENSE*", "LICENCE*", "README.md", "tokenizer.model"]
 
 
 @dataclass(frozen=True)
@@ -55,62 +55,37 @@ class Source:
         return read_special_tokens(self.config, generation)
 
 
-def open_source(model: str, revision: str | None) -> Source:
+def open_source(model: str, revision: str | None, unpickle_into: Path | None = None) -> Source:
     """Find a model on disk or fetch it from the hub, and check that it can be exported.
+
+    Pickled weights are refused, or converted where a directory to ``unpickle_into`` is given.
 
     Raises:
         SourceError: the model is missing, incomplete or damaged, or the hub does not answer.
         UnsupportedModel: the model cannot be exported.
     """
     if Path(model).is_dir():
-        return _open_directory(Path(model), revision)
+        return _open_directory(Path(model), revision, unpickle_into)
     if not HUB_ID.fullmatch(model):
         raise SourceError(f"{model}: no such directory, and not the id of a model on the hub")
-    return _open_hub(model, revision)
+    directory = fetch_model(model, revision, _read_config, allow_pickle=unpickle_into is not None)
+    return _complete(directory, model, directory.name, unpickle_into)
 
 
-def _open_directory(directory: Path, revision: str | None) -> Source:
+def _open_directory(directory: Path, revision: str | None, unpickle_into: Path | None) -> Source:
     if revision is not None:
         raise SourceError(f"{directory}: a directory has no revisions; leave out --revision {revision}")
-    config = check_config(read_json(directory / CONFIG))
-    return _complete(directory, config, directory.resolve().name, None)
+    return _complete(directory, directory.resolve().name, None, unpickle_into)
 
 
-def _open_hub(model: str, revision: str | None) -> Source:
-    """Fetch the small files first, so that an unsupported model is refused before its weights are downloaded."""
-    directory = _download(model, revision, SMALL_FILES)
-    config = check_config(read_json(directory / CONFIG))
-    commit = directory.name
-    return _complete(_download(model, commit, [*SMALL_FILES, "*.safetensors"]), config, model, commit)
+def _read_config(directory: Path) -> dict[str, Any]:
+    return check_config(read_json(directory / CONFIG))
 
 
-def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
-    import huggingface_hub
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-    from huggingface_hub.utils.tqdm import disable_progress_bars
-
-    if not sys.stderr.isatty():
-        disable_progress_bars()
-    try:
-        return Path(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=patterns))
-    except GatedRepoError as error:
-        raise SourceError(f"{model}: is gated; accept its licence on the hub and set HF_TOKEN") from error
-    except RepositoryNotFoundError as error:
-        raise SourceError(f"{model}: no such directory, and no such model on the hub") from error
-    except LocalEntryNotFoundError as error:
-        raise SourceError(f"{model}: no such directory, and the hub cannot be reached") from error
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise SourceError(f"{model}: the hub refused it ({first_line(error)})") from error
-
-
-def _complete(directory: Path, config: dict[str, Any], model: str, revision: str | None) -> Source:
-    """Make a Source of a directory whose config has been checked."""
-    _check_weights_exist(directory)
+def _complete(directory: Path, model: str, revision: str | None, unpickle_into: Path | None) -> Source:
+    """Make a Source of a directory that has all its files."""
+    config = _read_config(directory)
+    directory = _with_safetensors(directory, unpickle_into)
     _check_tokenizer(directory, read_shapes(config))
     entry = SourceEntry(model=model, revision=revision, license=_license_name(directory))
     num_parameters = count_parameters(directory, is_tied=bool(config.get("tie_word_embeddings", False)))
@@ -130,12 +105,20 @@ def _readable(directory: Path, config: dict[str, Any]) -> Path:
     return linked
 
 
-def _check_weights_exist(directory: Path) -> None:
-    if any(directory.glob("*.safetensors")):
-        return
+def _with_safetensors(directory: Path, unpickle_into: Path | None) -> Path:
+    """Return a directory with safetensors weights under the names that transformers looks for: otherwise it would take
+    what else is there."""
+    if weight_files(directory):
+        return directory
+    if unpickle_into is not None and pickle_files(directory):
+        return convert_pickles(directory, unpickle_into)
     pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in directory.glob(pattern))
-    found = f"{pickles[0]}, which may run code when it is loaded" if pickles else "no weights"
-    raise SourceError(f"{directory}: found {found}; only safetensors weights are supported")
+    if pickles:
+        raise SourceError(
+            f"{directory}: found {pickles[0]}, which may run code when it is loaded; only safetensors weights are "
+            "supported, and --allow-pickle converts pytorch_model.bin to them"
+        )
+    raise SourceError(f"{directory}: found no weights; only safetensors weights are supported, as {SINGLE} or {INDEX}")
 
 
 def _check_tokenizer(directory: Path, shapes: Shapes) -> None:

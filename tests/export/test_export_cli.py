@@ -21,21 +21,31 @@ def test_help_needs_no_heavy_import() -> None:
 
 
 def test_help_names_every_option() -> None:
-    result = CliRunner().invoke(main, ["--help"])
+    result = CliRunner().invoke(main, ["export", "--help"])
     assert result.exit_code == 0
     assert "Usage: pilotlight export [OPTIONS] MODEL" in result.output
-    options = ("--precision", "--recipe", "--out", "--revision", f"[{'|'.join(PRECISIONS)}]")
-    assert all(option in result.output for option in options)
+    options = "--precision --recipe --out --revision --text --max-kl --allow-pickle".split()
+    assert all(option in result.output for option in [*options, f"[{'|'.join(PRECISIONS)}]"])
 
 
-@pytest.mark.parametrize("arguments", [[], ["model", "--precision", "int2"], ["model", "--colour", "red"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["export"],
+        ["export", "model", "--precision", "int2"],
+        ["export", "model", "--trust-remote-code"],
+        ["export", "model", "--max-kl", "-1"],
+        ["verify", "artifact"],
+        ["prune", "artifact"],
+    ],
+)
 def test_wrong_usage_is_status_2(arguments: list[str]) -> None:
     assert CliRunner().invoke(main, arguments).exit_code == 2
 
 
 def test_a_bad_model_is_status_1_and_one_line(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "pilotlight_export", str(tmp_path / "nowhere"), "--out", str(out)]
+    command = [sys.executable, "-m", "pilotlight_export", "export", str(tmp_path / "nowhere"), "--out", str(out)]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 1
     assert run.stdout == ""
@@ -49,7 +59,7 @@ def test_a_failure_late_in_the_export_is_status_1(tmp_path: Path, monkeypatch: p
         raise VerificationError("the logits differ")
 
     monkeypatch.setattr("pilotlight_export.export.export_model", fail)
-    result = CliRunner().invoke(main, [str(tmp_path), "--out", str(tmp_path / "out")])
+    result = CliRunner().invoke(main, ["export", str(tmp_path), "--out", str(tmp_path / "out")])
     assert result.exit_code == 1
     assert result.stderr == "pilotlight export: the logits differ\n"
 
@@ -59,7 +69,7 @@ def test_an_interrupt_is_status_1_without_a_traceback(tmp_path: Path, monkeypatc
         raise KeyboardInterrupt
 
     monkeypatch.setattr("pilotlight_export.export.export_model", interrupt)
-    result = CliRunner().invoke(main, [str(tmp_path)])
+    result = CliRunner().invoke(main, ["export", str(tmp_path)])
     assert result.exit_code == 1
     assert result.stderr == "pilotlight export: interrupted; nothing was written\n"
 
@@ -75,14 +85,14 @@ def test_a_missing_library_is_one_line(tmp_path: Path, monkeypatch: pytest.Monke
         raise ModuleNotFoundError("No module named 'torch'", name="torch")
 
     monkeypatch.setattr("pilotlight_export.export.export_model", fail)
-    result = CliRunner().invoke(main, [str(tmp_path)])
+    result = CliRunner().invoke(main, ["export", str(tmp_path)])
     assert result.exit_code == 1
     assert result.stderr.startswith("pilotlight export: torch is not installed")
 
 
 @pytest.mark.model
 def test_a_terminated_export_removes_its_traces(tiny_llama: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pilotlight_export", str(tiny_llama), "--out", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "pilotlight_export", "export", str(tiny_llama), "--out", str(tmp_path / "out")]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as export:
         assert export.stderr is not None
         while "Export with Optimum" not in export.stderr.readline():

@@ -19,7 +19,7 @@ from pilotlight_export.errors import ExportError, TargetError, UnsupportedModel,
 from pilotlight_export.export import export_model
 from pilotlight_export.fuse.rotary import Rotation, read_rotation
 from pilotlight_export.progress import Progress
-from pilotlight_export.verify.graph_runner import GraphRunner
+from pilotlight_export.verify.graph_runner import GraphRunner, Graphs
 from pilotlight_export.verify.reference import Reference
 from tiny_models import CHAT_TEMPLATE
 
@@ -96,7 +96,7 @@ def test_sizes_shrink_with_the_precision(artifacts: dict[str, Artifact]) -> None
 
 def test_greedy_text_is_that_of_transformers(artifacts: dict[str, Artifact], tiny_llama: Path) -> None:
     artifact = artifacts["fp32"]
-    runner = GraphRunner(artifact.graph_path, artifact.manifest.shapes, 1, 128)
+    runner = GraphRunner(Graphs(artifact.path, artifact.manifest.shapes), 1, 128)
     tokens = [0, 70, 80, 90]
     logits = runner.prefill([tokens], [[3]])
     while len(tokens) < 128:

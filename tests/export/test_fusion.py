@@ -12,7 +12,7 @@ import pytest
 from pilotlight_export.errors import FusionError
 from pilotlight_export.fuse import check_fused, fuse
 from pilotlight_export.trace import trace
-from pilotlight_export.verify.graph_runner import GraphRunner, Logits
+from pilotlight_export.verify.graph_runner import GraphRunner, Graphs, Logits
 from tiny_models import FusedModel
 
 pytestmark = pytest.mark.model
@@ -26,9 +26,13 @@ def difference(expected: Logits, found: Logits) -> float:
     return float(np.abs(expected - found).max())
 
 
+def runner_of(variant: FusedModel, num_rows: int, cache_tokens: int) -> GraphRunner:
+    return GraphRunner(Graphs(variant.graph_path.parent, variant.source.shapes), num_rows, cache_tokens)
+
+
 def test_whole_context_in_one_pass(variant: FusedModel) -> None:
     tokens = np.random.default_rng(5).integers(0, 320, variant.source.shapes.max_context_tokens).tolist()
-    runner = GraphRunner(variant.graph_path, variant.source.shapes, 1, len(tokens))
+    runner = runner_of(variant, 1, len(tokens))
     positions = range(len(tokens))
     found = runner.prefill([tokens], [positions])
     assert difference(variant.reference.logits(tokens, positions), found) <= TOLERANCE
@@ -36,7 +40,7 @@ def test_whole_context_in_one_pass(variant: FusedModel) -> None:
 
 def test_chunk_by_chunk(variant: FusedModel) -> None:
     tokens = TEXTS[0]
-    runner = GraphRunner(variant.graph_path, variant.source.shapes, 1, 64)
+    runner = runner_of(variant, 1, 64)
     found = [runner.prefill([tokens[:7]], [range(7)]), runner.extend(tokens[7:8]), runner.extend(tokens[8:])]
     expected = variant.reference.logits(tokens, range(len(tokens)))
     assert difference(expected, np.concatenate(found)) <= TOLERANCE
@@ -45,7 +49,7 @@ def test_chunk_by_chunk(variant: FusedModel) -> None:
 def test_step_by_step_in_a_ragged_batch(variant: FusedModel) -> None:
     num_steps = 12
     prompts = [text[:-num_steps] for text in TEXTS]
-    runner = GraphRunner(variant.graph_path, variant.source.shapes, len(TEXTS), 64)
+    runner = runner_of(variant, len(TEXTS), 64)
     found = [runner.prefill(prompts, [[len(prompt) - 1] for prompt in prompts])]
     for step in range(num_steps):
         found.append(runner.decode(np.array([text[len(text) - num_steps + step] for text in TEXTS])))
@@ -55,7 +59,7 @@ def test_step_by_step_in_a_ragged_batch(variant: FusedModel) -> None:
 
 
 def test_a_prefill_may_ask_for_no_logits(variant: FusedModel) -> None:
-    runner = GraphRunner(variant.graph_path, variant.source.shapes, 1, 64)
+    runner = runner_of(variant, 1, 64)
     assert runner.prefill([TEXTS[0]], [[]]).shape == (0, 320)
 
 

@@ -46,6 +46,7 @@ def only_pickles(model: Path) -> None:
 def index_of_a_missing_shard(model: Path) -> None:
     index = {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    (model / "model.safetensors").unlink()
 
 
 def small_vocabulary(model: Path) -> None:
@@ -145,7 +146,7 @@ class FakeHub:
     def download(self, model: str, *, revision: str | None, allow_patterns: list[str]) -> str:
         assert model == "someone/tiny-llama"
         assert not [pattern for pattern in allow_patterns if pattern.endswith((".bin", ".py", ".pt"))]
-        self.requests.append((revision, "*.safetensors" in allow_patterns))
+        self.requests.append((revision, "model.safetensors" in allow_patterns))
         return str(self.snapshot)
 
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+Figures = dict[str, str | int | float | bool]
+
 
 def rounded(value: float | np.floating[Any]) -> float:
     """Keep the four digits that mean something, so that manifests can be compared."""

@@ -1,35 +1,47 @@
-"""Runs an artifact's graph on a KV cache of its own, for verification only; the runtime has a real engine."""
+"""Runs an artifact's graphs on a KV cache of their own, for verification only; the runtime has a real engine."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from pilotlight.artifact import Shapes
+from pilotlight.artifact import GRAPH, PREFILL_GRAPH, Shapes
 
 Logits = npt.NDArray[np.float32]
 TokenIds = Sequence[int]
+QUIET_THREADS = {"session.intra_op.allow_spinning": "0"}
+"""PyTorch runs between two runs of a session: threads that spin would hold its cores."""
+
+
+class Graphs:
+    """The sessions of one artifact: one that takes steps and one that reads prompts, in most artifacts the same."""
+
+    def __init__(self, directory: Path, shapes: Shapes, config: Mapping[str, str] = QUIET_THREADS) -> None:
+        self.shapes = shapes
+        self.decode = _session(directory / GRAPH, config)
+        prefill = directory / PREFILL_GRAPH
+        self.prefill = _session(prefill, config) if prefill.exists() else self.decode
+
+    @property
+    def cache_dtype(self) -> npt.DTypeLike:
+        """The type of the keys and values."""
+        declared = next(value.type for value in self.decode.get_inputs() if value.name.startswith("past_key_values"))
+        return np.float16 if declared == "tensor(float16)" else np.float32
 
 
 class GraphRunner:
-    """A session, a KV cache of ``num_rows`` rows, and how many tokens each row holds."""
+    """A KV cache of ``num_rows`` rows for an artifact's graphs, and how many tokens each row holds."""
 
-    def __init__(self, graph_path: Path, shapes: Shapes, num_rows: int, cache_tokens: int) -> None:
-        import onnxruntime
-
-        onnxruntime.set_default_logger_severity(3)
-        options = onnxruntime.SessionOptions()
-        # PyTorch runs between two runs of this session: threads that spin would hold its cores.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        self._session: Any = onnxruntime.InferenceSession(str(graph_path), options, providers=["CPUExecutionProvider"])
-        self._num_layers = shapes.num_layers
+    def __init__(self, graphs: Graphs, num_rows: int, cache_tokens: int) -> None:
+        shapes = graphs.shapes
+        self._graphs = graphs
         self._cache_tokens = cache_tokens
         row_shape = (shapes.num_kv_heads, cache_tokens, shapes.head_size)
-        self._cache = np.zeros((shapes.num_layers, 2, num_rows, *row_shape), self._cache_dtype())
+        self._cache = np.zeros((shapes.num_layers, 2, num_rows, *row_shape), graphs.cache_dtype)
         self.lengths = np.zeros(num_rows, np.int64)
 
     def prefill(self, rows: Sequence[TokenIds], positions: Sequence[Sequence[int]]) -> Logits:
@@ -44,7 +56,7 @@ class GraphRunner:
             padded[index, : len(row)] = row
         self.lengths[:] = [len(row) for row in rows]
         flat = [index * num_tokens + position for index, row in enumerate(positions) for position in row]
-        return self._run(padded, num_tokens, flat)
+        return self._run(self._graphs.prefill, padded, num_tokens, flat)
 
     def extend(self, tokens: TokenIds) -> Logits:
         """Read more tokens into the only row and return the logits at all of them.
@@ -53,7 +65,7 @@ class GraphRunner:
             output [T, V]
         """
         self.lengths += len(tokens)
-        return self._run(np.array([tokens], np.int64), self._cache_tokens, range(len(tokens)))
+        return self._run(self._graphs.prefill, np.array([tokens], np.int64), self._cache_tokens, range(len(tokens)))
 
     def decode(self, tokens: npt.NDArray[np.int64]) -> Logits:
         """Read one token into each row.
@@ -62,25 +74,31 @@ class GraphRunner:
             tokens [B], output [B, V]
         """
         self.lengths += 1
-        return self._run(tokens[:, None], self._cache_tokens, range(len(tokens)))
+        return self._run(self._graphs.decode, tokens[:, None], self._cache_tokens, range(len(tokens)))
 
-    def _run(self, token_ids: npt.NDArray[np.int64], total: int, positions: Sequence[int]) -> Logits:
-        binding = self._session.io_binding()
+    def _run(self, session: Any, token_ids: npt.NDArray[np.int64], total: int, positions: Sequence[int]) -> Logits:
+        binding = session.io_binding()
         binding.bind_cpu_input("input_ids", np.ascontiguousarray(token_ids))
         binding.bind_cpu_input("seqlens_k", (self.lengths - 1).astype(np.int32))
         binding.bind_cpu_input("total_sequence_length", np.array(total, np.int32))
         binding.bind_cpu_input("logits_indices", np.array(positions, np.int64))
         binding.bind_output("logits", "cpu")
-        for layer in range(self._num_layers):
+        for layer in range(len(self._cache)):
             for index, part in enumerate(("key", "value")):
                 cache = self._cache[layer, index]
                 place = ("cpu", 0, cache.dtype, cache.shape, cache.ctypes.data)
                 binding.bind_input(f"past_key_values.{layer}.{part}", *place)
                 binding.bind_output(f"present.{layer}.{part}", *place)
-        self._session.run_with_iobinding(binding)
+        session.run_with_iobinding(binding)
         logits: Logits = binding.copy_outputs_to_cpu()[0]
         return logits
 
-    def _cache_dtype(self) -> npt.DTypeLike:
-        declared = next(value.type for value in self._session.get_inputs() if value.name.startswith("past_key_values"))
-        return np.float16 if declared == "tensor(float16)" else np.float32
+
+def _session(graph_path: Path, config: Mapping[str, str]) -> Any:
+    import onnxruntime
+
+    onnxruntime.set_default_logger_severity(3)
+    options = onnxruntime.SessionOptions()
+    for key, value in config.items():
+        options.add_session_config_entry(key, value)
+    return onnxruntime.InferenceSession(str(graph_path), options, providers=["CPUExecutionProvider"])

@@ -7,21 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 
-from pilotlight.artifact import Shapes
 from pilotlight_export.errors import VerificationError
 from pilotlight_export.verify.figures import rounded
-from pilotlight_export.verify.graph_runner import GraphRunner, Logits
-from pilotlight_export.verify.passages import NUM_ANSWERS_PER_QUESTION, Passage
+from pilotlight_export.verify.graph_runner import GraphRunner, Graphs, Logits
+from pilotlight_export.verify.passages import Passage, decode_steps, longest_answers
 from pilotlight_export.verify.prompts import Prompts
 from pilotlight_export.verify.reference import Reference
 
 MAX_LOGIT_DIFFERENCE = 1e-3
 MAX_CONTEXT_TOKENS = 2048
-NUM_COMPARED_ROWS = 4
+NUM_COMPARED_PASSAGES = 12
 NUM_COMPARED_POSITIONS = 64
 
 
@@ -41,18 +39,16 @@ class Parity:
         return float(np.max([value for name, value in asdict(self).items() if name.endswith("difference")]))
 
 
-def measure_parity(
-    graph_path: Path, reference: Reference, shapes: Shapes, passages: Sequence[Passage], prompts: Prompts
-) -> Parity:
+def measure_parity(graphs: Graphs, reference: Reference, passages: Sequence[Passage], prompts: Prompts) -> Parity:
     """Compare the fp32 graph with transformers in every way in which the runtime runs it, up to the full context."""
-    compared = passages[: len(passages) // NUM_ANSWERS_PER_QUESTION]
-    num_tokens = min(shapes.max_context_tokens, MAX_CONTEXT_TOKENS)
+    compared = passages[:NUM_COMPARED_PASSAGES]
+    num_tokens = min(graphs.shapes.max_context_tokens, MAX_CONTEXT_TOKENS)
     prose = prompts.prose(num_tokens)
     return Parity(
-        prefill_max_abs_difference=_prefill_difference(graph_path, reference, shapes, compared),
-        chunked_prefill_max_abs_difference=_chunked_difference(graph_path, reference, shapes, prose[: num_tokens // 2]),
-        batched_decode_max_abs_difference=_decode_difference(graph_path, reference, shapes, compared),
-        full_context_max_abs_difference=_full_context_difference(graph_path, reference, shapes, prose),
+        prefill_max_abs_difference=_prefill_difference(graphs, reference, compared),
+        chunked_prefill_max_abs_difference=_chunked_difference(graphs, reference, prose[: num_tokens // 2]),
+        batched_decode_max_abs_difference=_decode_difference(graphs, reference, compared),
+        full_context_max_abs_difference=_full_context_difference(graphs, reference, prose),
         full_context_tokens=num_tokens,
     )
 
@@ -70,42 +66,35 @@ def check_parity(parity: Parity) -> None:
         )
 
 
-def _prefill_difference(graph_path: Path, reference: Reference, shapes: Shapes, passages: Sequence[Passage]) -> float:
-    runner = GraphRunner(graph_path, shapes, 1, max(len(passage.tokens) for passage in passages))
+def _prefill_difference(graphs: Graphs, reference: Reference, passages: Sequence[Passage]) -> float:
+    runner = GraphRunner(graphs, 1, max(len(passage.tokens) for passage in passages))
     differences = []
     for passage in passages:
         positions = range(len(passage.tokens))
         expected = reference.logits(passage.tokens, positions)
         differences.append(_difference(expected, runner.prefill([passage.tokens], [positions])))
-    return max(differences)
+    return float(np.max(differences))
 
 
-def _chunked_difference(graph_path: Path, reference: Reference, shapes: Shapes, tokens: Sequence[int]) -> float:
+def _chunked_difference(graphs: Graphs, reference: Reference, tokens: Sequence[int]) -> float:
     """Read a text in two chunks, the second on a cache that holds the first."""
     first_chunk = max(len(tokens) - NUM_COMPARED_POSITIONS, 1)
-    runner = GraphRunner(graph_path, shapes, 1, len(tokens))
+    runner = GraphRunner(graphs, 1, len(tokens))
     runner.prefill([tokens[:first_chunk]], [[]])
     expected = reference.logits(tokens, range(first_chunk, len(tokens)))
     return _difference(expected, runner.extend(tokens[first_chunk:]))
 
 
-def _decode_difference(graph_path: Path, reference: Reference, shapes: Shapes, passages: Sequence[Passage]) -> float:
+def _decode_difference(graphs: Graphs, reference: Reference, passages: Sequence[Passage]) -> float:
     """Feed a few answers step by step, all rows at once, each with its own length."""
-    rows = sorted(passages, key=lambda passage: len(passage.answer))[-NUM_COMPARED_ROWS:]
-    num_steps = len(rows[0].answer)
+    rows, num_steps = longest_answers(passages)
     expected = [reference.logits(row.tokens, row.answer_positions[:num_steps]) for row in rows]
-    runner = GraphRunner(graph_path, shapes, len(rows), max(len(row.tokens) for row in rows))
-    logits = runner.prefill([row.question for row in rows], [[len(row.question) - 1] for row in rows])
-    differences = []
-    for step in range(num_steps):
-        differences.append(_difference(np.stack([row[step] for row in expected]), logits))
-        logits = runner.decode(np.array([row.answer[step] for row in rows]))
-    return max(differences)
+    return _difference(np.stack(expected, axis=1), decode_steps(graphs, rows, num_steps))
 
 
-def _full_context_difference(graph_path: Path, reference: Reference, shapes: Shapes, tokens: Sequence[int]) -> float:
+def _full_context_difference(graphs: Graphs, reference: Reference, tokens: Sequence[int]) -> float:
     positions = np.unique(np.linspace(0, len(tokens) - 1, NUM_COMPARED_POSITIONS).astype(int)).tolist()
-    runner = GraphRunner(graph_path, shapes, 1, len(tokens))
+    runner = GraphRunner(graphs, 1, len(tokens))
     return _difference(reference.logits(tokens, positions), runner.prefill([tokens], [positions]))
 
 

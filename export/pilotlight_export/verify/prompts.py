@@ -10,6 +10,7 @@ from jinja2 import TemplateError
 
 from pilotlight_export.errors import SourceError, first_line
 from pilotlight_export.quiet import quiet
+from pilotlight_export.verify.text import SEGMENT_BYTES, SPARE_TOKENS, split_text
 
 QUESTIONS = (
     "What is 17 plus 25?",
@@ -53,7 +54,7 @@ class Prompts:
 
             load: Any = AutoTokenizer.from_pretrained
             try:
-                self._tokenizer: Any = load(str(model_dir), local_files_only=True)
+                self._tokenizer: Any = load(str(model_dir), local_files_only=True, trust_remote_code=False)
             except Exception as error:
                 raise SourceError(f"transformers cannot load the tokenizer: {first_line(error)}") from error
 
@@ -71,6 +72,12 @@ class Prompts:
                 if len(tokens) >= num_tokens:
                     return tokens[:num_tokens]
         raise AssertionError("the prose never ends")
+
+    def segments(self, text: str, max_context_tokens: int) -> list[list[int]]:
+        """Return a text in pieces that fit the context, each as the model would read it from its beginning."""
+        with quiet():
+            pieces = split_text(text, min(SEGMENT_BYTES, max_context_tokens - SPARE_TOKENS))
+            return [list(self._tokenizer.encode(piece))[:max_context_tokens] for piece in pieces]
 
     def _ask(self, question: str) -> list[int]:
         """Put a question as the chat template does; a base model, or a template that refuses it, gets the bare text."""

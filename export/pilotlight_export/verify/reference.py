@@ -28,6 +28,7 @@ class Reference:
                 str(model_dir),
                 dtype=torch.float32,
                 local_files_only=True,
+                trust_remote_code=False,
                 use_safetensors=True,
                 output_loading_info=True,
             )
