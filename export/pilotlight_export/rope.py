@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pilotlight_export.errors import UnsupportedModel
+from pilotlight_export.errors import SourceError, UnsupportedModel
 from pilotlight_export.families import LONG_ROPE, Family
 
 LOCAL_LAYERS, GLOBAL_LAYERS = "sliding_attention", "full_attention"
@@ -14,8 +14,16 @@ def with_older_rope_keys(config: dict[str, Any]) -> dict[str, Any]:
     """Rewrite the ``rope_parameters`` of transformers 5 as transformers 4 reads them; other configs stay as they are.
 
     Raises:
+        SourceError: they are malformed.
         UnsupportedModel: they have no older form.
     """
+    try:
+        return _with_older_rope_keys(config)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise SourceError(f"config.json has malformed rope_parameters ({error!r})") from error
+
+
+def _with_older_rope_keys(config: dict[str, Any]) -> dict[str, Any]:
     parameters = config.get("rope_parameters")
     if not parameters or "rope_theta" in config:
         return config
@@ -32,9 +40,10 @@ def check_rope(config: dict[str, Any], family: Family) -> None:
     """Refuse a rotary scaling that the family is not exported with.
 
     Raises:
+        SourceError: it is malformed.
         UnsupportedModel: the scaling is another one.
     """
-    found = _rope_type(config.get("rope_scaling") or {})
+    found = _rope_type(_scaling(config))
     if found not in family.rope_types:
         supported = ", ".join(sorted(family.rope_types))
         raise UnsupportedModel(f"rope scaling {found!r} is not supported in {family.name}; supported: {supported}")
@@ -47,10 +56,16 @@ def usable_context_tokens(config: dict[str, Any]) -> int:
     keep the angles that they were written with, so such a model is exported for texts up to there.
     """
     max_tokens = int(config["max_position_embeddings"])
-    scaling = config.get("rope_scaling") or {}
-    if _rope_type(scaling) not in LONG_ROPE:
+    if _rope_type(_scaling(config)) not in LONG_ROPE:
         return max_tokens
     return min(max_tokens, int(config["original_max_position_embeddings"]))
+
+
+def _scaling(config: dict[str, Any]) -> dict[str, Any]:
+    scaling = config.get("rope_scaling") or {}
+    if not isinstance(scaling, dict):
+        raise SourceError(f"config.json has a malformed rope_scaling ({scaling!r})")
+    return scaling
 
 
 def _rope_type(scaling: dict[str, Any]) -> str:

@@ -191,13 +191,13 @@ def _user(node: ir.Node, op_type: str) -> ir.Node | None:
 
 
 def _read_window(mask: ir.Value) -> int | None:
-    """Find ``key position > query position − window`` among what the mask is made of."""
+    """Find ``key position > query position − window`` among what the mask is made of, other tensors' sizes left out."""
     seen: set[ir.Value] = set()
     pending = [mask]
     while pending:
         value = pending.pop()
         node = value.producer()
-        if value in seen or node is None:
+        if value in seen or node is None or node.op_type == "Shape":
             continue
         seen.add(value)
         if node.op_type == "Greater":
