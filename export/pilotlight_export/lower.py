@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from itertools import count
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import onnx_ir as ir
 from pilotlight.artifact import GRAPH, PREFILL_GRAPH, PREFILL_WEIGHTS, WEIGHTS
 from pilotlight_export.fuse.graph import ABSTRACT, KERNELS, Array, add_node, array_of, named, operand
 from pilotlight_export.quantize import QuantizedBlocks, quantize_blocks, quantize_columns
-from pilotlight_export.recipes import ACCURACY_LEVEL, HEADS, Blocks, Columns, GraphRecipe, Recipe
+from pilotlight_export.recipes import ACCURACY_LEVEL, EMBEDDING, HEAD, Blocks, Columns, GraphRecipe, Halves, Recipe
 from pilotlight_export.weights import WeightFile
 
 IR_VERSION = 10
@@ -94,6 +95,10 @@ class _Lowering:
         for name, value in list(self._graph.initializers.items()):
             if not value.uses():
                 del self._graph.initializers[name]
+            elif isinstance(self._recipe.scheme_for(name), Halves):
+                widened = self._widen(f"{name}.half", array_of(value).astype(np.float16))
+                value.replace_all_uses_with(widened)
+                del self._graph.initializers[name]
             elif name not in self._stored:
                 value.const_value = self._weights.add(name, self._narrow(array_of(value)))
                 value.type = ir.TensorType(value.const_value.dtype)
@@ -165,16 +170,17 @@ class _Lowering:
         return self._add("Add", [product, node.inputs[2]], f"{_name(node)}/bias")
 
     def _grid(self, weight: ir.Value, quantized: QuantizedBlocks) -> list[ir.Value]:
-        """Store scales as float16 and widen them in the graph; the session does that once, when it loads."""
-        name = named(weight)
-        if name not in self._widened:
-            halves = self._store(f"{name}.scales", quantized.scales)
-            to_floats = {"to": ir.DataType.FLOAT.value}
-            self._widened[name] = self._add("Cast", [halves], f"{name}.scales/Cast", to_floats)
-        grid = [self._widened[name]]
+        grid = [self._widen(f"{named(weight)}.scales", quantized.scales)]
         if quantized.zero_points is not None:
-            grid.append(self._store(f"{name}.zero_points", quantized.zero_points))
+            grid.append(self._store(f"{named(weight)}.zero_points", quantized.zero_points))
         return grid
+
+    def _widen(self, name: str, halves: Array) -> ir.Value:
+        """Store a tensor as float16 and widen it in the graph; a session does that once, when it loads."""
+        if name not in self._widened:
+            attributes = {"to": ir.DataType.FLOAT.value}
+            self._widened[name] = self._add("Cast", [self._store(name, halves)], f"{name}/Cast", attributes)
+        return self._widened[name]
 
     def _quantized(self, weight: ir.Value, scheme: Blocks) -> QuantizedBlocks:
         """Quantize a weight; the embedding and the head, which several nodes may need, are kept."""
@@ -182,7 +188,7 @@ class _Lowering:
         if key in self._heads:
             return self._heads[key]
         quantized = quantize_blocks(array_of(weight), scheme)
-        if named(weight) in HEADS:
+        if fnmatchcase(named(weight), EMBEDDING) or fnmatchcase(named(weight), HEAD):
             self._heads[key] = quantized
         return quantized
 

@@ -45,9 +45,16 @@ class Columns:
         return f"8 bits within ±{self.limit} by output, activations 8 bits by token"
 
 
-Scheme = Blocks | Columns
+@dataclass(frozen=True)
+class Halves:
+    """Stored as float16, widened to float32 when a session loads."""
+
+    def __str__(self) -> str:
+        return "float16"
+
+
+Scheme = Blocks | Columns | Halves
 Rules = tuple[tuple[str, Scheme], ...]
-HEADS = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 @dataclass(frozen=True)
@@ -91,24 +98,34 @@ class Recipe:
 
 
 INT8 = Blocks(bits=8)
-INT4 = Blocks(bits=4)
-_INT4_RULES: Rules = (("*", INT4),)
-_W8A8_RULES: Rules = (("*", Columns()),)
+INT4 = Blocks(bits=4, zero_point="fitted")
+INT4_NEAREST = Blocks(bits=4, scales="nearest")
+
+EMBEDDING = "*embed_tokens.weight"
+HEAD = "*lm_head.weight"
+FIRST_LAYER = "*.layers.0.*"
+ROTARY: Rules = (("rotary*", Halves()),)
+
+_W8A8: Rules = (("*", Columns()),)
+_INT4: Rules = (*ROTARY, (FIRST_LAYER, INT8), ("*", INT4))
 
 
-def _with_heads(heads: Scheme, rules: Rules) -> Rules:
+def _with_heads(scheme: Scheme, rules: Rules) -> Rules:
     """Give the embedding and the head, which may be one tied weight, a scheme of their own."""
-    return (*((name, heads) for name in HEADS), *rules)
+    return ((EMBEDDING, scheme), (HEAD, scheme), *rules)
 
 
 EXACT = Recipe("fp32", "fp32", GraphRecipe())
 _ALL = (
     EXACT,
     Recipe("fp16", "fp16", GraphRecipe(dtype="float16")),
-    Recipe("int8", "int8", GraphRecipe((("*", INT8),))),
-    Recipe("w8a8", "w8a8", GraphRecipe(_with_heads(INT8, _W8A8_RULES))),
-    Recipe("int4", "int4", GraphRecipe(_INT4_RULES)),
-    Recipe("hybrid", "hybrid", GraphRecipe(_INT4_RULES), prefill=GraphRecipe(_with_heads(INT4, _W8A8_RULES))),
+    Recipe("int8", "int8", GraphRecipe((*ROTARY, ("*", INT8)))),
+    Recipe("w8a8", "w8a8", GraphRecipe(_with_heads(INT8, (*ROTARY, *_W8A8)))),
+    Recipe("int4", "int4", GraphRecipe(_INT4)),
+    Recipe("int4-heads8", "int4", GraphRecipe(_with_heads(INT8, _INT4))),
+    Recipe("int4-uniform", "int4", GraphRecipe((*ROTARY, ("*", INT4)))),
+    Recipe("int4-nearest", "int4", GraphRecipe((*ROTARY, ("*", INT4_NEAREST)))),
+    Recipe("hybrid", "hybrid", GraphRecipe(_INT4), prefill=GraphRecipe(_with_heads(INT4, (*ROTARY, *_W8A8)))),
 )
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in _ALL}
 PRECISIONS: tuple[str, ...] = tuple(dict.fromkeys(recipe.precision for recipe in _ALL))
