@@ -29,7 +29,9 @@ def check_config(stored: dict[str, Any]) -> dict[str, Any]:
     _check_architecture(stored)
     _check_weights_format(stored)
     family = family_of(stored)
+    _check_code(stored, family)
     config = {**family.assumed, **with_older_rope_keys(stored)}
+    config.pop("auto_map", None)
     check_rope(config, family)
     _check_attention(config)
     _check_dimensions(read_shapes(config))
@@ -123,11 +125,15 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _check_architecture(config: dict[str, Any]) -> None:
-    if "auto_map" in config:
-        raise UnsupportedModel("the model brings its own code (auto_map in config.json), which Pilotlight never runs")
     found = config.get("architectures") or ["no architecture"]
     if found[0] not in FAMILIES:
         raise UnsupportedModel(f"{found[0]} is not supported; supported: {', '.join(sorted(FAMILIES))}")
+
+
+def _check_code(config: dict[str, Any], family: Family) -> None:
+    classes = {name for kind, name in (config.get("auto_map") or {}).items() if kind != "AutoTokenizer"}
+    if not classes <= family.adopted_code:
+        raise UnsupportedModel("the model brings its own code (auto_map in config.json), which Pilotlight never runs")
 
 
 def _check_weights_format(config: dict[str, Any]) -> None:

@@ -22,12 +22,14 @@ class Family:
     """A decoder family.
 
     ``name`` goes into manifests. ``assumed`` is added to a config.json that does not say otherwise, for our own reading
-    of it and for transformers'.
+    of it and for transformers'. ``adopted_code`` names classes that models of the family bring as code of their own and
+    that transformers has adopted since; its own classes stand in for them.
     """
 
     name: str
     rope_types: frozenset[str] = STATIC_ROPE
     assumed: Mapping[str, Any] = field(default_factory=dict)
+    adopted_code: frozenset[str] = frozenset()
 
 
 FAMILIES: dict[str, Family] = {
@@ -35,7 +37,13 @@ FAMILIES: dict[str, Family] = {
     "MistralForCausalLM": Family("mistral"),
     "Qwen2ForCausalLM": Family("qwen2"),
     "Qwen3ForCausalLM": Family("qwen3", assumed={"head_dim": 128}),
-    "Phi3ForCausalLM": Family("phi3", frozenset({"default"}) | LONG_ROPE, {"original_max_position_embeddings": 4096}),
+    "Phi3ForCausalLM": Family(
+        "phi3",
+        rope_types=frozenset({"default"}) | LONG_ROPE,
+        assumed={"original_max_position_embeddings": 4096},
+        adopted_code=frozenset({"configuration_phi3.Phi3Config", "modeling_phi3.Phi3ForCausalLM"}),
+    ),
+    "GemmaForCausalLM": Family("gemma", assumed={"head_dim": 256}),
     # Transformers' default attention, SDPA, leaves Gemma 2's soft cap out without a word.
     "Gemma2ForCausalLM": Family("gemma2", assumed={"head_dim": 256, "_attn_implementation": "eager"}),
     "Gemma3ForCausalLM": Family("gemma3", assumed={"head_dim": 256}),

@@ -21,6 +21,7 @@ class Graphs:
     """The sessions of one artifact: one that takes steps and one that reads prompts, in most artifacts the same."""
 
     def __init__(self, directory: Path, shapes: Shapes, config: Mapping[str, str] = QUIET_THREADS) -> None:
+        self.directory = directory
         self.shapes = shapes
         self.decode = _session(directory / GRAPH, config)
         prefill = directory / PREFILL_GRAPH

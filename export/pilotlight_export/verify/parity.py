@@ -16,9 +16,13 @@ from pilotlight_export.verify.graph_runner import GraphRunner, Graphs, Logits
 from pilotlight_export.verify.passages import Passage, decode_steps, longest_answers
 from pilotlight_export.verify.prompts import Prompts
 from pilotlight_export.verify.reference import Reference
+from pilotlight_export.verify.windows import longest_window_tokens
 
 MAX_LOGIT_DIFFERENCE = 1e-3
 MAX_CONTEXT_TOKENS = 2048
+MAX_WINDOWED_TOKENS = 8192
+"""Texts go beyond a model's sliding windows up to this length: attention in PyTorch costs its square."""
+
 NUM_COMPARED_PASSAGES = 12
 NUM_COMPARED_POSITIONS = 64
 
@@ -42,11 +46,13 @@ class Parity:
 def measure_parity(graphs: Graphs, reference: Reference, passages: Sequence[Passage], prompts: Prompts) -> Parity:
     """Compare the fp32 graph with transformers in every way in which the runtime runs it, up to the full context."""
     compared = passages[:NUM_COMPARED_PASSAGES]
-    num_tokens = min(graphs.shapes.max_context_tokens, MAX_CONTEXT_TOKENS)
+    beyond_windows = min(longest_window_tokens(graphs.directory) + NUM_COMPARED_POSITIONS, MAX_WINDOWED_TOKENS)
+    num_tokens = min(graphs.shapes.max_context_tokens, max(MAX_CONTEXT_TOKENS, beyond_windows))
     prose = prompts.prose(num_tokens)
+    chunked = prose[: max(num_tokens // 2, beyond_windows)]
     return Parity(
         prefill_max_abs_difference=_prefill_difference(graphs, reference, compared),
-        chunked_prefill_max_abs_difference=_chunked_difference(graphs, reference, prose[: num_tokens // 2]),
+        chunked_prefill_max_abs_difference=_chunked_difference(graphs, reference, chunked),
         batched_decode_max_abs_difference=_decode_difference(graphs, reference, compared),
         full_context_max_abs_difference=_full_context_difference(graphs, reference, prose),
         full_context_tokens=num_tokens,
