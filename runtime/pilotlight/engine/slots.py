@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import mmap
+
 import numpy as np
 from numpy.typing import NDArray
 
 from pilotlight.artifact import Shapes
 
 KV_DTYPES = {"float32": np.float32, "float16": np.float16}
+
+Buffer = NDArray[np.floating]
 
 
 class KvCache:
@@ -20,8 +25,8 @@ class KvCache:
         axes = (num_slots, shapes.num_kv_heads, max_context_tokens, shapes.head_size)
         self.num_slots = num_slots
         self.max_context_tokens = max_context_tokens
-        self.keys: list[NDArray[np.floating]] = [np.zeros(axes, KV_DTYPES[dtype]) for _ in range(shapes.num_layers)]
-        self.values: list[NDArray[np.floating]] = [np.zeros(axes, KV_DTYPES[dtype]) for _ in range(shapes.num_layers)]
+        self.keys = [_allocate(axes, dtype) for _ in range(shapes.num_layers)]
+        self.values = [_allocate(axes, dtype) for _ in range(shapes.num_layers)]
 
     @property
     def reserved_bytes(self) -> int:
@@ -35,3 +40,15 @@ class KvCache:
         """Copy the first ``num_tokens`` of one slot over another slot."""
         for buffer in (*self.keys, *self.values):
             buffer[target, :, :num_tokens] = buffer[source, :, :num_tokens]
+
+
+def _allocate(axes: tuple[int, ...], dtype: str) -> Buffer:
+    """Return a zeroed buffer in small pages.
+
+    NumPy asks for huge ones, and a few tokens in every slot would then make nearly all of it resident.
+    """
+    kind = np.dtype(KV_DTYPES[dtype])
+    memory = mmap.mmap(-1, math.prod(axes) * kind.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(memory, kind).reshape(axes)
