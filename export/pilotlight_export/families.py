@@ -47,6 +47,7 @@ FAMILIES: dict[str, Family] = {
     # Transformers' default attention, SDPA, leaves Gemma 2's soft cap out without a word.
     "Gemma2ForCausalLM": Family("gemma2", assumed={"head_dim": 256, "_attn_implementation": "eager"}),
     "Gemma3ForCausalLM": Family("gemma3", assumed={"head_dim": 256}),
+    "SmolLM3ForCausalLM": Family("smollm3"),
     "GraniteForCausalLM": Family("granite"),
     "Olmo2ForCausalLM": Family("olmo2"),
 }

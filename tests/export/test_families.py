@@ -90,6 +90,16 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             **UNTIED,
         },
     ),
+    "smollm3": (
+        "SmolLM3ForCausalLM",
+        {
+            "no_rope_layer_interval": 2,
+            "use_sliding_window": True,
+            "sliding_window": 16,
+            "pad_token_id": 2,
+            **WIDE_HEADS,
+        },
+    ),
     "granite": ("GraniteForCausalLM", {**GRANITE, **WIDE_HEADS}),
     "olmo2": ("Olmo2ForCausalLM", {"pad_token_id": 2, **WIDE_HEADS}),
     "olmo2 untied": ("Olmo2ForCausalLM", {"num_key_value_heads": 4, "pad_token_id": 2, **UNTIED}),
@@ -228,6 +238,10 @@ def test_local_and_global_layers_of_gemma3_have_their_own_angles(models: Models)
     cosines = [value.name for node in nodes if (value := node.inputs[7]) is not None]
     assert cosines == ["rotary_emb_local.cos", "rotary_emb_local.cos", "rotary_emb.cos", "rotary_emb_local.cos"]
     assert attention_attributes(model, "local_window_size") == [16, 16, None, 16]
+
+
+def test_layers_of_smollm3_without_a_rotary_embedding_are_not_turned(models: Models) -> None:
+    assert attention_attributes(models("smollm3"), "do_rotary") == [1, 0]
 
 
 def test_longrope_ends_where_its_other_factors_would_begin(models: Models) -> None:

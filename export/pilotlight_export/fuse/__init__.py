@@ -21,8 +21,10 @@ from pilotlight_export.fuse.norm import drop_float_casts, fuse_norms, fuse_resid
 from pilotlight_export.fuse.positions import gather_requested
 from pilotlight_export.fuse.rotary import add_caches, read_rotation, rotary_modules
 
-UNFUSED = frozenset({"Softmax", "Cos", "Sin", "Pow", "ReduceMean", "Range", "Shape", "Expand", "Where", "Cast"})
-"""Operators of attention masks, rotary angles, norms and shape arithmetic, none of which survives a complete fusion."""
+UNFUSED = frozenset(
+    {"Softmax", "MatMul", "Concat", "Cos", "Sin", "Pow", "ReduceMean", "Range", "Shape", "Expand", "Where", "Cast"}
+)
+"""Operators of attention, projections, rotary angles, norms and shape arithmetic: none survives a complete fusion."""
 
 
 def fuse(model: ir.Model, shapes: Shapes) -> None:

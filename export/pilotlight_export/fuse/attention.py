@@ -54,7 +54,7 @@ def fuse_attention(
     attention = add_node(
         graph,
         "GroupQueryAttention",
-        [*queries_keys_values, *state, rotary.cos, rotary.sin],
+        [*queries_keys_values, *state, *rotary],
         name=f"{module}/GroupQueryAttention",
         domain=KERNELS,
         outputs=("output", "present_key", "present_value"),
@@ -68,7 +68,7 @@ def _attributes(exported: ExportedAttention, shapes: Shapes) -> dict[str, int | 
     attributes: dict[str, int | float] = {
         "num_heads": shapes.num_heads,
         "kv_num_heads": shapes.num_kv_heads,
-        "do_rotary": 1,
+        "do_rotary": int(exported.query.rotary_module is not None),
         "scale": exported.scale,
     }
     if exported.softcap is not None:
@@ -78,11 +78,12 @@ def _attributes(exported: ExportedAttention, shapes: Shapes) -> dict[str, int | 
     return attributes
 
 
-def _rotary_of(exported: ExportedAttention, caches: Mapping[str, RotaryCaches]) -> RotaryCaches:
+def _rotary_of(exported: ExportedAttention, caches: Mapping[str, RotaryCaches]) -> list[ir.Value]:
+    """Return the caches of the layer's rotary embedding; a layer may have none and know order by its mask alone."""
     module = exported.query.rotary_module
-    if module is None or module != exported.key.rotary_module or exported.value.rotary_module is not None:
-        raise FusionError(f"{exported.query.linear.name} and its key are not turned by one rotary embedding")
-    return caches[module]
+    if module != exported.key.rotary_module or exported.value.rotary_module is not None:
+        raise FusionError(f"{exported.query.linear.name} and its key are not turned by the same rotary embedding")
+    return [caches[module].cos, caches[module].sin] if module is not None else []
 
 
 def _check_widths(exported: ExportedAttention, shapes: Shapes) -> None:
