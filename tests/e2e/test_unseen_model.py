@@ -40,8 +40,10 @@ def stranger(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_an_unseen_model_serves_the_text_of_transformers(stranger: Path, tmp_path: Path) -> None:
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    torch.set_num_threads(1)
     artifact = export_artifact(stranger, tmp_path / "stranger-fp32", "fp32")
     tokenizer: Any = AutoTokenizer.from_pretrained(stranger)
     model: Any = AutoModelForCausalLM.from_pretrained(stranger)
