@@ -1,5 +1,5 @@
-"""``python -m pilotlight_export``, which is what ``pilotlight export`` runs."""
+"""``python -m pilotlight_export``, which is what ``pilotlight export``, ``verify`` and ``evaluate`` run."""
 
 from pilotlight_export.cli import main
 
-main()
+main(prog_name="pilotlight")

@@ -17,14 +17,16 @@ from pilotlight.errors import PilotlightError
 from pilotlight_export.recipes import PRECISIONS
 
 FILE = click.Path(path_type=Path)
-NATS = click.FloatRange(min=0)
+NUMBER = click.FloatRange(min=0)
 
 revision_option = click.option("--revision", help="Branch, tag or commit of a model on the hub.")
 pickle_option = click.option(
     "--allow-pickle", is_flag=True, help="Convert pytorch_model.bin where there are no safetensors; no code is loaded."
 )
 text_option = click.option("--text", type=FILE, help="Measure on this text, such as your users would write.")
-max_kl_option = click.option("--max-kl", type=NATS, help="Fail if the mean KL divergence from fp32 is larger, in nats.")
+max_kl_option = click.option(
+    "--max-kl", type=NUMBER, help="Fail if the mean KL divergence from fp32 is larger, in nats."
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 
@@ -107,6 +109,49 @@ def verify(
         for name, value in confirmation.figures.items():
             click.echo(f"{name:<36} {value}")
         click.echo(f"{artifact} is what {confirmation.source} says")
+
+
+@main.command()
+@click.argument("artifacts", nargs=-1, required=True, type=FILE)
+@text_option
+@click.option("--max-size-mb", type=NUMBER, help="Limit: size of all files.")
+@click.option("--max-memory-mb", type=NUMBER, help="Limit: memory of a process that runs it, batch 1.")
+@click.option("--max-bits-per-byte", type=NUMBER, help="Limit: loss on the text; comparable between all models.")
+@click.option(
+    "--max-kl", type=NUMBER, help="Limit: mean KL divergence from the model's most precise artifact, in nats."
+)
+@click.option("--min-top1", type=click.FloatRange(0, 1), help="Limit: agreement with that one's likeliest tokens.")
+@click.option("--min-prefill-tps", type=NUMBER, help="Limit: prompt tokens a second.")
+@click.option("--min-decode-tps", type=NUMBER, help="Limit: generated tokens a second, batch 1.")
+@click.option("--plot", type=FILE, help="Draw size, quality and speed into this SVG file.")
+@json_option
+def evaluate(
+    artifacts: tuple[Path, ...], text: Path | None, plot: Path | None, as_json: bool, **bounds: float | None
+) -> None:
+    """Compare ARTIFACTS of one model or of several, and name the smallest that meets all limits.
+
+    KL and top-1 compare each artifact with the most precise one of its model that is named. Exit status 1 if there are
+    limits and no artifact meets them all.
+    """
+    if plot is not None and plot.suffix != ".svg":
+        raise click.BadParameter("only .svg files can be drawn", param_hint="--plot")
+    with _one_line_failures("evaluate", "interrupted"):
+        from pilotlight_export.evaluate.budget import judge, limits_of
+        from pilotlight_export.evaluate.evaluation import evaluate_artifacts, write_plot
+        from pilotlight_export.evaluate.table import table, verdict_lines
+
+        limits = limits_of(bounds)
+        rows = evaluate_artifacts(artifacts, text)
+        verdict = judge(rows, limits) if limits else None
+        if plot is not None:
+            write_plot(rows, plot)
+    if as_json:
+        found = {"artifacts": [asdict(row) for row in rows], "verdict": verdict and asdict(verdict)}
+        click.echo(json.dumps(found, indent=2))
+    else:
+        click.echo("\n\n".join([table(rows), *([verdict_lines(verdict)] if verdict else [])]))
+    if verdict is not None and verdict.chosen is None:
+        sys.exit(1)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ StartupError                     (pilotlight.errors)
     ├── FusionError              the exported graph is not shaped as its family says
     ├── VerificationError        the artifact does not compute what the model computes
     ├── TextError                the text to measure on cannot be read
+    ├── EvaluationError          an artifact cannot be compared with others
     └── TargetError              the artifact cannot be written where it was asked for
 """
 
@@ -61,6 +62,12 @@ class TextError(ExportError):
     """The text to measure on cannot be read."""
 
     code = "text_invalid"
+
+
+class EvaluationError(ExportError):
+    """An artifact cannot be compared with others."""
+
+    code = "evaluation_failed"
 
 
 class TargetError(ExportError):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from pilotlight_export.errors import SourceError, first_line
@@ -14,6 +15,7 @@ from pilotlight_export.pickles import PICKLE_PATTERN
 from pilotlight_export.safetensors_headers import INDEX, SINGLE, listed_files
 
 SMALL_FILES = ["*.json", "*.jinja", "LICENSE*", "LICENCE*", "README.md", "tokenizer.model"]
+NUM_ATTEMPTS = 4
 
 
 def fetch_model(model: str, revision: str | None, check: Callable[[Path], object], *, allow_pickle: bool) -> Path:
@@ -49,7 +51,9 @@ def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
     if not sys.stderr.isatty():
         disable_progress_bars()
     try:
-        return Path(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=patterns))
+        return _again_when_broken(
+            lambda: Path(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=patterns))
+        )
     except GatedRepoError as error:
         raise SourceError(f"{model}: is gated; accept its licence on the hub and set HF_TOKEN") from error
     except RevisionNotFoundError as error:
@@ -66,3 +70,13 @@ def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
         ) from error
     except (OSError, ValueError) as error:
         raise SourceError(f"{model}: cannot be downloaded ({first_line(error)})") from error
+
+
+def _again_when_broken(download: Callable[[], Path]) -> Path:
+    """Take up a download where the connection dropped: huggingface_hub itself does that for other failures only."""
+    import requests
+
+    for _ in range(NUM_ATTEMPTS - 1):
+        with suppress(requests.exceptions.ChunkedEncodingError):
+            return download()
+    return download()

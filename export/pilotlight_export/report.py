@@ -59,7 +59,7 @@ def _origin(manifest: Manifest) -> str:
 
 def _recipe(manifest: Manifest) -> str:
     rows = [(f"`{key}`", value) for key, value in manifest.recipe.items()]
-    return f"## How the weights are stored\n\nAs {manifest.precision}.\n\n{_table(('Weights', 'Scheme'), rows)}"
+    return f"## How the weights are stored\n\nAs {manifest.precision}.\n\n{_table(('Rule', 'Setting'), rows)}"
 
 
 def _verification(manifest: Manifest) -> str:

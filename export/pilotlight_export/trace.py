@@ -24,6 +24,7 @@ def trace(model_dir: Path, output_dir: Path) -> ir.Model:
 
     Raises:
         ExportError: Optimum failed.
+        OSError: the output directory cannot be written or its disk is full.
         SourceError: the graph has a weight that the files lack.
     """
     with quiet(), _without_weights():
@@ -45,6 +46,8 @@ def trace(model_dir: Path, output_dir: Path) -> ir.Model:
                 do_constant_folding=False,
             )
         except Exception as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # the disk, not the model
             raise ExportError(f"Optimum could not export the model: {first_line(error)}") from error
     gc.collect()  # the traced model is a web of cycles, as large as the model
     model = ir.load(output_dir / TRACED_GRAPH)
