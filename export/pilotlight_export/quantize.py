@@ -128,27 +128,26 @@ class _Grid:
 
 
 def _best_grid(blocks: Floats, scheme: Blocks, importance: Floats) -> _Grid:
-    """Try scales around the full range, refit each by least squares, and keep the grid with the least error."""
+    """Try scales around each full range, refit them by least squares, and keep the grid with the least error."""
+    grids = list(_full_range_grids(blocks, scheme))
+    best = grids[0]
     if scheme.scales == "nearest":
-        return next(_full_range_grids(blocks, scheme))
-    best: _Grid | None = None
-    for full in _full_range_grids(blocks, scheme):
-        best = best or full
-        best_error = _error(blocks, best, scheme, importance)
+        return best
+    best_error = _error(blocks, best, scheme, importance)
+    for full in grids:
         for factor in SCALE_FACTORS:
             grid = _refit(blocks, _Grid(full.scales * factor, full.zero_points), scheme, importance)
             error = _error(blocks, grid, scheme, importance)
             better = error < best_error
+            best_error = np.where(better, error, best_error)
             best = _Grid(
                 np.where(better, grid.scales, best.scales), np.where(better, grid.zero_points, best.zero_points)
             )
-            best_error = np.where(better, error, best_error)
-    assert best is not None
     return best
 
 
 def _full_range_grids(blocks: Floats, scheme: Blocks) -> Iterator[_Grid]:
-    """Yield grids that cover a block's whole range; the first is the one of rounding to nearest.
+    """Yield grids that cover a block's whole range; the first is that of rounding to nearest.
 
     A symmetric grid has its extreme at the lowest integer, which lies one further from zero than the highest.
     """
@@ -156,11 +155,7 @@ def _full_range_grids(blocks: Floats, scheme: Blocks) -> Iterator[_Grid]:
         lowest = np.minimum(blocks.min(axis=-1, keepdims=True), 0)
         highest = np.maximum(blocks.max(axis=-1, keepdims=True), 0)
         scales = (highest - lowest) / np.float32(_highest(scheme))
-        nearest = np.rint(_ratio(-lowest, scales))
-        for shift in (0, -1, 1) if scheme.scales == "searched" else (0,):
-            yield _Grid(scales, np.clip(nearest + np.float32(shift), 0, _highest(scheme)))
-        if scheme.scales == "nearest":
-            return
+        yield _Grid(scales, np.clip(np.rint(_ratio(-lowest, scales)), 0, _highest(scheme)))
     extreme = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=-1, keepdims=True), axis=-1)
     scales = extreme / np.float32(-_middle(scheme))
     yield _Grid(scales, np.full_like(scales, _middle(scheme)))
