@@ -55,7 +55,7 @@ def test_an_unknown_variable_is_an_error() -> None:
     assert refusal(None, {"PILOTLIGHT_PROT": "1"}) == (
         "unknown variable PILOTLIGHT_PROT = '1'; expected one of PILOTLIGHT_ADDRESS, PILOTLIGHT_PORT, "
         "PILOTLIGHT_LEDGER, PILOTLIGHT_MAX_BODY_BYTES, PILOTLIGHT_CACHE_DIR, PILOTLIGHT_DRAIN_TIMEOUT_S, "
-        "PILOTLIGHT_ARTIFACT"
+        "PILOTLIGHT_ARTIFACT, PILOTLIGHT_CONFIG, PILOTLIGHT_INVOKE_MODE, PILOTLIGHT_LEDGER_TABLE"
     )
     assert load_settings(None, {"PILOTLIGHT_ARTIFACT": "demo"}).host == HostSettings()
 

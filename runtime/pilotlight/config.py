@@ -19,7 +19,7 @@ Port = Annotated[int, Meta(ge=0, le=65535)]
 T = TypeVar("T", bound=msgspec.Struct)
 
 FUNCTION_NAME = r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}"
-OTHER_VARIABLES = ("PILOTLIGHT_ARTIFACT",)
+OTHER_VARIABLES = ("PILOTLIGHT_ARTIFACT", "PILOTLIGHT_CONFIG", "PILOTLIGHT_INVOKE_MODE", "PILOTLIGHT_LEDGER_TABLE")
 """Read by the serverless entry points, which have no command line."""
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -30,7 +30,6 @@ from pilotlight.errors import (
     PilotlightError,
     RequestIdInUse,
 )
-from pilotlight.metering.ledger import Ledger
 from pilotlight.metering.prices import PriceTable
 from pilotlight.metering.record import Admission, UsageRecord, final_record, utc_text
 from pilotlight.metering.usage import Timings, Usage
@@ -62,6 +61,22 @@ class Backend(Protocol):
         """Cancel what runs and deliver the last events."""
 
 
+class UsageLedger(Protocol):
+    """Where admissions, checkpoints and records are kept: SQLite on a host, DynamoDB on Lambda."""
+
+    async def admit(self, admission: Admission) -> None:
+        """Open an invocation, whose request id must be new."""
+
+    async def checkpoint(self, request_id: str, usage: Usage) -> None:
+        """Note what an open invocation has used so far."""
+
+    async def finish(self, record: UsageRecord) -> None:
+        """End an open invocation by its one record."""
+
+    def get(self, request_id: str) -> UsageRecord | None:
+        """Return the record of a finished invocation; may block."""
+
+
 class Observer(Protocol):
     """Told what happens, for metrics; it must not block."""
 
@@ -74,7 +89,10 @@ class Observer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a client asked for, parsed and checked. ``messages`` or ``text`` or ``token_ids`` is the prompt."""
+    """What a client asked for, parsed and checked. ``messages`` or ``text`` or ``token_ids`` is the prompt.
+
+    At ``deadline_at``, a monotonic instant, the answer ends as if its length were reached.
+    """
 
     id: str
     messages: Items[Mapping[str, Any]] | None = None
@@ -85,6 +103,7 @@ class Request:
     ignore_eos: bool = False
     sampling: Mapping[str, Any] = field(default_factory=dict)
     received_at: float = field(default_factory=time.monotonic)
+    deadline_at: float | None = None
 
     @property
     def prompt_param(self) -> str:
@@ -109,6 +128,8 @@ class Invocation:
         self.num_prompt_tokens = num_prompt_tokens
         self.num_delivered_tokens = 0
         self.record: UsageRecord | None = None
+        self.failure: PilotlightError | None = None
+        self.expired = False
         self.admitted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.function = function
         self._deltas: asyncio.Queue[Delta | PilotlightError | None] = asyncio.Queue()
@@ -125,6 +146,7 @@ class Invocation:
             if item is None:
                 return
             if isinstance(item, PilotlightError):
+                self.failure = item
                 raise item
             self.num_delivered_tokens += len(item.token_ids)
             yield item
@@ -132,6 +154,11 @@ class Invocation:
     def cancel(self) -> None:
         """End the generation within a step; what was generated is metered. Harmless when it has ended."""
         self.function.cancel(self.request.id)
+
+    def expire(self) -> None:
+        """End the generation within a step, because its deadline has come."""
+        self.expired = True
+        self.cancel()
 
     def push(self, item: Delta | PilotlightError | None) -> None:
         self._deltas.put_nowait(item)
@@ -185,7 +212,7 @@ class Function:
         name: str,
         artifact: Artifact,
         backend: Backend,
-        ledger: Ledger,
+        ledger: UsageLedger,
         prices: PriceTable,
         *,
         max_context_tokens: int,
@@ -197,7 +224,7 @@ class Function:
         self.prices = prices
         self.max_context_tokens = max_context_tokens
         self.created_at_utc = datetime.now(UTC)
-        self.replica_id = f"{name}-{secrets.token_hex(4)}"
+        self.replica_id = _new_replica_id(name)
         self._ledger = ledger
         self._observer: Observer = observer or _Unobserved()
         self._tokenizer = Tokenizer(artifact.tokenizer_path)
@@ -213,6 +240,11 @@ class Function:
     def started(self, cold_start_ms: float) -> None:
         """Note how long the start took; the first invocation's record reports it."""
         self.cold_start_ms = self._cold_start_to_report_ms = cold_start_ms
+
+    def restored(self) -> None:
+        """Go on in a copy of this process that was restored from a snapshot: a replica of its own, without a start."""
+        self.replica_id = _new_replica_id(self.name)
+        self.started(cold_start_ms=0.0)
 
     async def invoke(self, request: Request) -> Invocation:
         """Check a request, submit it and return its running invocation.
@@ -253,6 +285,11 @@ class Function:
             return False
         self.backend.abort(request_id)
         return True
+
+    async def settled(self, request_id: str) -> None:
+        """Wait until no invocation of that id runs any more, and its record is written."""
+        if (task := self._running.get(request_id)) is not None:
+            await asyncio.wait([task])
 
     async def drain(self, timeout_s: float) -> None:
         """Take no more requests; give the running ones a while, then cancel them and wait for their records."""
@@ -320,7 +357,8 @@ class Function:
             return
         invocation.admitted.set_result(None)
         try:
-            failure = await self._generate(invocation, events, progress)
+            with _deadline(invocation):
+                failure = await self._generate(invocation, events, progress)
             usage = _usage(invocation, progress)
             record = final_record(admission, usage, progress.timings(), progress.finish, progress.stop_detail)
             await self._ledger.finish(record)
@@ -349,6 +387,9 @@ class Function:
             if stream.stopped_by is not None:
                 progress.finish, progress.stop_detail = FinishReason.STOP, stream.stopped_by
                 self.backend.abort(invocation.request.id)
+            elif event.finish is FinishReason.CANCELLED and invocation.expired:
+                progress.finish = FinishReason.DEADLINE
+                invocation.push(Delta(stream.finish(), ()))
             elif event.finish is not None:
                 progress.finish, progress.stop_detail = event.finish, event.error
         if checkpoint is not None:
@@ -388,6 +429,24 @@ class _Unobserved:
 
     def finished(self, record: UsageRecord) -> None:
         pass
+
+
+@contextlib.contextmanager
+def _deadline(invocation: Invocation) -> Iterator[None]:
+    """Have the invocation expire at its deadline, if it has one and the block is not left before."""
+    if invocation.request.deadline_at is None:
+        yield
+        return
+    left_s = max(0.0, invocation.request.deadline_at - time.monotonic())
+    timer = asyncio.get_running_loop().call_later(left_s, invocation.expire)
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _new_replica_id(name: str) -> str:
+    return f"{name}-{secrets.token_hex(4)}"
 
 
 def _delta(stream: TextStream, event: TokenEvent) -> Delta:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import re
 import secrets
 from collections.abc import Mapping
@@ -23,9 +25,8 @@ from pilotlight.api.openai_completion import Shape, stream, whole
 from pilotlight.api.openai_text import TEXT, parse_text, text_request
 from pilotlight.api.sse import EventStream, cancelled_on_disconnect
 from pilotlight.errors import BodyTooLarge, Draining, FunctionNotFound, InvalidRequest, PilotlightError, RequestNotFound
-from pilotlight.function import Function
+from pilotlight.function import Function, UsageLedger
 from pilotlight.function import Request as FunctionRequest
-from pilotlight.metering.ledger import Ledger
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
@@ -34,7 +35,7 @@ class Api:
     """The endpoints, over the functions that this process serves."""
 
     def __init__(
-        self, functions: Mapping[str, Function], ledger: Ledger, metrics: Metrics, max_body_bytes: int
+        self, functions: Mapping[str, Function], ledger: UsageLedger, metrics: Metrics, max_body_bytes: int
     ) -> None:
         self._functions = functions
         self._ledger = ledger
@@ -79,7 +80,7 @@ class Api:
 
     async def usage(self, request: Request) -> Response:
         request_id = request.path_params["request_id"]
-        record = self._ledger.get(request_id)
+        record = await asyncio.to_thread(self._ledger.get, request_id)
         if record is None:
             raise RequestNotFound(f"there is no usage record of a request {request_id!r}")
         return _json(record)
@@ -102,7 +103,8 @@ class Api:
         return Response(self._metrics.render(), headers={"content-type": CONTENT_TYPE})
 
     async def _complete(self, request: Request, body: GenerationBody, asked: FunctionRequest, shape: Shape) -> Response:
-        invocation = await self._function(body.model).invoke(asked)
+        timed = dataclasses.replace(asked, deadline_at=getattr(request.state, "deadline_at", None))
+        invocation = await self._function(body.model).invoke(timed)
         if body.stream:
             return EventStream(invocation, stream(invocation, body, shape))
         async with cancelled_on_disconnect(invocation, request.receive):

@@ -50,7 +50,7 @@ async def stream(invocation: Invocation, body: GenerationBody, shape: Shape) -> 
     except PilotlightError as error:
         yield error_frame(error)
         return
-    yield chunk(shape.closing, record.finish_reason)
+    yield chunk(shape.closing, _finish_reason(record))
     if body.include_usage:
         yield frame({**head, "choices": [], "usage": usage_object(record)})
     yield DONE
@@ -66,7 +66,8 @@ async def whole(invocation: Invocation, body: GenerationBody, shape: Shape) -> d
     """
     deltas = [delta async for delta in invocation]
     record = _completed(invocation)
-    choice = {"index": 0, **shape.whole("".join(delta.text for delta in deltas)), "finish_reason": record.finish_reason}
+    text = "".join(delta.text for delta in deltas)
+    choice = {"index": 0, **shape.whole(text), "finish_reason": _finish_reason(record)}
     if body.return_token_ids:
         choice["token_ids"] = [token_id for delta in deltas for token_id in delta.token_ids]
     return {**_head(invocation, body, shape.object), "choices": [choice], "usage": usage_object(record)}
@@ -99,6 +100,11 @@ def _head(invocation: Invocation, body: GenerationBody, name: str) -> dict[str, 
         "model": body.model,
         "system_fingerprint": invocation.function.artifact.digest[7:19],
     }
+
+
+def _finish_reason(record: UsageRecord) -> FinishReason:
+    """Return the reason as clients know it: a deadline is one more limit on the length."""
+    return FinishReason.LENGTH if record.finish_reason is FinishReason.DEADLINE else record.finish_reason
 
 
 def _completed(invocation: Invocation) -> UsageRecord:

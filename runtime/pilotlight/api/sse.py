@@ -47,7 +47,10 @@ async def _cancel_when_gone(invocation: Invocation, receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Streams an invocation's frames; a client that leaves ends the generation, not the metering."""
+    """Streams an invocation's frames; a client that leaves ends the generation, not the metering.
+
+    What made the invocation fail is left in the scope's state, for a server that has more than frames to tell it.
+    """
 
     media_type = "text/event-stream"
 
@@ -62,4 +65,5 @@ class EventStream(Response):
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             async for body in self._frames:
                 await send({"type": "http.response.body", "body": body, "more_body": True})
+            scope.setdefault("state", {})["failure"] = self._invocation.failure
             await send({"type": "http.response.body", "body": b"", "more_body": False})

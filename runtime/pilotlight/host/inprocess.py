@@ -11,8 +11,7 @@ from pilotlight.config import FunctionSettings, HostSettings
 from pilotlight.engine.backend import EngineBackend
 from pilotlight.engine.session import OnnxSession
 from pilotlight.errors import ConfigError
-from pilotlight.function import Function, Observer
-from pilotlight.metering.ledger import Ledger
+from pilotlight.function import Function, Observer, UsageLedger
 from pilotlight.metering.prices import PriceTable
 
 DEFAULT_MAX_CONTEXT_TOKENS = 4096
@@ -20,7 +19,7 @@ DEFAULT_MAX_CONTEXT_TOKENS = 4096
 
 
 def open_function(
-    name: str, settings: FunctionSettings, host: HostSettings, ledger: Ledger, observer: Observer | None = None
+    name: str, settings: FunctionSettings, host: HostSettings, ledger: UsageLedger, observer: Observer | None = None
 ) -> Function:
     """Verify an artifact, load it and start its engine on the running event loop.
 
