@@ -22,7 +22,7 @@ test: $(VENV)/ready  ## run the whole test suite
 check: $(VENV)/ready  ## lint and types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
-	@$(BIN)/mypy runtime export tests models/demo
+	@$(BIN)/mypy runtime export tests models/demo functions
 	@$(BIN)/python -m pytest -q tests/test_import_law.py
 
 export: $(VENV)/ready  ## make export MODEL=<hub id or directory> [REVISION=...] [PRECISION=fp32|int8|int4] [OUT=...]

@@ -1,0 +1,63 @@
+"""The one function that a Lambda process serves, from its artifact to its application."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from emf import EmfMetrics
+from handler import Handler, poll_all
+from lambda_settings import LambdaSettings
+from pilotlight.api.app import Api
+from pilotlight.function import UsageLedger
+from pilotlight.host.inprocess import open_function
+from pilotlight.request import Sequence
+from runtime_client import RuntimeClient
+from stages import Stages
+
+WARM_UP = Sequence("warm-up", prompt_ids=(0,), max_new_tokens=2)
+
+
+class Service:
+    """A loaded function and what answers for it."""
+
+    def __init__(self, settings: LambdaSettings, client: RuntimeClient, stages: Stages) -> None:
+        """Open the ledger and load the function, on the running event loop.
+
+        Raises:
+            StartupError: the ledger or the artifact cannot be opened, or a setting does not fit.
+        """
+        metrics = EmfMetrics()
+        ledger = _open_ledger(settings)
+        stages.end("ledger")
+        self.function = open_function(settings.name, settings.function, settings.host, ledger, metrics)
+        stages.end("function")
+        metrics.watch({settings.name: self.function})
+        app = Api({settings.name: self.function}, ledger, metrics, settings.host.max_body_bytes).app()
+        self._handler = Handler(client, app, self.function, settings.url_reading)
+        self._num_pollers = settings.num_pollers
+
+    async def warm_up(self) -> None:
+        """Generate something unmetered, so that a snapshot holds every page that generating touches."""
+        async for _ in self.function.backend.submit(WARM_UP):
+            pass
+
+    def restored(self) -> None:
+        """Go on in a copy that was restored from a snapshot."""
+        self.function.restored()
+
+    async def run(self) -> None:
+        """Answer invocations until the task is cancelled, and then end what runs, with its records.
+
+        Raises:
+            ExceptionGroup: the Runtime API is gone.
+        """
+        try:
+            await poll_all(self._handler, self._num_pollers)
+        finally:
+            await self.function.close()
+
+
+def _open_ledger(settings: LambdaSettings) -> UsageLedger:
+    from pilotlight.metering.ledger import Ledger
+
+    return Ledger(Path(settings.host.ledger))

@@ -1,0 +1,61 @@
+"""The Lambda function over the toy function with the fake session, behind a fake Runtime API."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from event import Reading
+from fake_runtime_api import FakeRuntimeApi, fake_runtime_api
+from handler import Handler, poll_all
+from pilotlight.artifact import Artifact
+from pilotlight.engine.fake import FakeSession
+from runtime_client import RuntimeClient
+from support import VOCAB_SIZE, Serving, serving
+
+MANY_RUNS = 10_000
+
+
+class GatedSession(FakeSession):
+    """Runs the model only as often as the gate was opened; each run is one token once the prompt is read."""
+
+    def __init__(self) -> None:
+        self._permits = threading.Semaphore(0)
+        super().__init__(VOCAB_SIZE, before_run=self._permits.acquire)
+
+    def permit(self, num_runs: int) -> None:
+        self._permits.release(num_runs)
+
+
+@dataclass(frozen=True)
+class OnLambda:
+    """The toy function as Lambda sees it, and Lambda as the toy function sees it."""
+
+    toy: Serving
+    platform: FakeRuntimeApi
+
+
+@asynccontextmanager
+async def on_lambda(
+    artifact: Artifact,
+    directory: Path,
+    session: FakeSession | None = None,
+    url_reading: Reading = Reading.HTTP_STREAM,
+    num_pollers: int = 1,
+) -> AsyncIterator[OnLambda]:
+    with fake_runtime_api() as platform:
+        async with serving(artifact, directory, session) as toy:
+            handler = Handler(RuntimeClient(platform.address), toy.app, toy.function, url_reading)
+            pollers = asyncio.create_task(poll_all(handler, num_pollers))
+            try:
+                yield OnLambda(toy, platform)
+            finally:
+                if isinstance(session, GatedSession):
+                    session.permit(MANY_RUNS)
+                pollers.cancel()
+                with suppress(asyncio.CancelledError):
+                    await pollers

@@ -1,0 +1,206 @@
+"""The real bootstrap process with the demo model: behind the fake Runtime API, and under AWS's own emulator."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from bridge import function_url
+from corpus import held_out_turns
+from fake_runtime_api import FakeRuntimeApi, fake_runtime_api
+from pilotlight.artifact import Artifact
+from pilotlight.metering.ledger import Ledger
+from pilotlight.request import FinishReason
+from support import events
+
+pytestmark = [pytest.mark.e2e, pytest.mark.model]
+
+BOOTSTRAP = Path(__file__).parents[2] / "functions" / "aws_lambda" / "bootstrap.py"
+TIMEOUT_S = 60
+
+
+def environment(artifact: Path, ledger: Path, **more: str) -> dict[str, str]:
+    return {**os.environ, "PILOTLIGHT_ARTIFACT": str(artifact), "PILOTLIGHT_LEDGER": str(ledger), **more}
+
+
+@contextmanager
+def bootstrap(platform: FakeRuntimeApi, artifact: Path, ledger: Path, **more: str) -> Iterator[subprocess.Popen[bytes]]:
+    variables = environment(artifact, ledger, AWS_LAMBDA_RUNTIME_API=platform.address, **more)
+    command = [sys.executable, str(BOOTSTRAP)]
+    with subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.communicate()
+
+
+def logged(process: subprocess.Popen[bytes], event: str) -> dict[str, Any]:
+    """Read the log up to the line about ``event``."""
+    assert process.stdout is not None
+    for raw in process.stdout:
+        line: dict[str, Any] = json.loads(raw)
+        if line.get("event") == event:
+            return line
+    assert process.stderr is not None
+    raise AssertionError(process.stderr.read())
+
+
+@pytest.fixture(scope="module")
+def url(demo_int4: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    ledger = tmp_path_factory.mktemp("lambda") / "usage.db"
+    with (
+        fake_runtime_api() as platform,
+        bootstrap(platform, demo_int4.path, ledger, AWS_LAMBDA_MAX_CONCURRENCY="2") as process,
+        function_url(platform) as url,
+    ):
+        logged(process, "started")
+        yield url
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def user(content: str) -> list[Any]:
+    return [{"role": "user", "content": content}]
+
+
+def test_the_official_client_streams_from_lambda(client: openai.OpenAI, demo_int4: Artifact) -> None:
+    name = demo_int4.path.name
+    turn = held_out_turns("story", 1)[0]
+    whole = client.chat.completions.create(model=name, messages=user(turn.question))
+    chunks = list(
+        client.chat.completions.create(
+            model=name, messages=user(turn.question), stream=True, stream_options={"include_usage": True}
+        )
+    )
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == whole.choices[0].message.content
+    assert chunks[-1].usage is not None
+    assert whole.usage is not None
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+    assert [model.id for model in client.models.list()] == [name]
+
+
+def test_the_official_client_understands_errors_from_lambda(client: openai.OpenAI, demo_int4: Artifact) -> None:
+    with pytest.raises(openai.NotFoundError) as missing:
+        client.chat.completions.create(model="other", messages=user("hi"))
+    assert missing.value.code == "model_not_found"
+    with pytest.raises(openai.BadRequestError) as long:
+        client.chat.completions.create(model=demo_int4.path.name, messages=user("word " * 2000))
+    assert long.value.code == "context_length_exceeded"
+
+
+def test_the_stages_of_a_start_are_reported(demo_int4: Artifact, tmp_path: Path) -> None:
+    with fake_runtime_api() as platform, bootstrap(platform, demo_int4.path, tmp_path / "usage.db") as process:
+        line = logged(process, "started")
+    stages = [line[name] for name in ("import_ms", "ledger_ms", "function_ms")]
+    assert all(stage > 0 for stage in stages)
+    assert sum(stages) <= line["total_ms"] + 20  # the process's age counts in ticks of 10 ms
+
+
+def test_a_start_that_fails_is_reported(tmp_path: Path) -> None:
+    with fake_runtime_api() as platform, bootstrap(platform, tmp_path / "none", tmp_path / "usage.db") as process:
+        path, error = platform.reports.get(timeout=TIMEOUT_S)
+        assert process.wait(TIMEOUT_S) == 1
+    assert path == "init/error"
+    assert error["errorType"] == "Pilotlight.ArtifactError"
+    assert "none" in error["errorMessage"]
+
+
+def test_a_snapshot_is_taken_after_the_load_and_a_copy_is_another_replica(demo_int4: Artifact, tmp_path: Path) -> None:
+    snap_start = {"AWS_LAMBDA_INITIALIZATION_TYPE": "snap-start"}
+    with (
+        fake_runtime_api() as platform,
+        bootstrap(platform, demo_int4.path, tmp_path / "usage.db", **snap_start) as process,
+    ):
+        platform.snapshots.get(timeout=TIMEOUT_S)
+        assert "warm_up_ms" in logged(process, "started")
+        with pytest.raises(queue.Empty):
+            platform.polls.get_nowait()
+        platform.restore.set()
+        restored = logged(process, "restored")
+        exchange = platform.invoke({"prompt": "Once", "model": demo_int4.path.name, "max_tokens": 2})
+        answer = json.loads(exchange.body())
+        _, usage = platform.invoke_http("GET", f"/v1/usage/{answer['id']}").http()
+    record = json.loads(usage)
+    assert (record["replica_id"], record["cold_start_ms"]) == (restored["replica_id"], 0.0)
+
+
+def test_a_killed_function_leaves_a_crashed_record(demo_int4: Artifact, tmp_path: Path) -> None:
+    path = tmp_path / "usage.db"
+    request = {"model": demo_int4.path.name, "prompt": "Once", "max_tokens": 500, "ignore_eos": True, "stream": True}
+    with fake_runtime_api() as platform, bootstrap(platform, demo_int4.path, path) as process:
+        exchange = platform.invoke(request)
+        for _ in range(40):
+            assert exchange.chunk() is not None
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    with Ledger(path) as ledger:
+        record = ledger.get(exchange.request_id)
+    assert record is not None
+    assert record.finish_reason is FinishReason.CRASHED
+    assert record.completion_tokens >= 33, "one checkpoint at the first token, then one every 32"
+
+
+def test_sigterm_ends_the_process_in_order(demo_int4: Artifact, tmp_path: Path) -> None:
+    with fake_runtime_api() as platform, bootstrap(platform, demo_int4.path, tmp_path / "usage.db") as process:
+        platform.polls.get(timeout=TIMEOUT_S)
+        process.terminate()
+        assert process.wait(TIMEOUT_S) == 0
+
+
+def test_awss_own_emulator_runs_the_bootstrap(emulator: Path, demo_int4: Artifact, tmp_path: Path) -> None:
+    with _emulated(emulator, environment(demo_int4.path, tmp_path / "usage.db")) as invoke:
+        body = {"model": demo_int4.path.name, "messages": user("What is 47 plus 38?"), "stream": True}
+        event = {"version": "2.0", "rawPath": "/v1/chat/completions", "body": json.dumps(body)}
+        context = {"http": {"method": "POST"}, "domainName": "abc.lambda-url.us-east-1.on.aws"}
+        raw = invoke({**event, "requestContext": context})
+        prelude, separator, payload = raw.partition(bytes(8))
+        assert separator
+        assert json.loads(prelude)["statusCode"] == 200
+        frames = events(payload.decode())
+        assert "".join(frame["choices"][0]["delta"].get("content", "") for frame in frames) == "85"
+        assert payload.endswith(b"data: [DONE]\n\n")
+        whole = json.loads(invoke({**body, "stream": False}))
+        assert whole["choices"][0]["message"]["content"] == "85"
+        assert "cannot answer records of aws:sqs" in invoke({"Records": [{"eventSource": "aws:sqs"}]}).decode()
+
+
+@contextmanager
+def _emulated(emulator: Path, variables: dict[str, str]) -> Iterator[Any]:
+    """Run the bootstrap under the emulator; yields what invokes it."""
+    address, runtime_api = (f"127.0.0.1:{port}" for port in _free_ports())
+    options = ["--runtime-interface-emulator-address", address, "--runtime-api-address", runtime_api]
+    command = [str(emulator), *options, sys.executable, str(BOOTSTRAP)]
+    url = f"http://{address}/2015-03-31/functions/function/invocations"
+    log = subprocess.DEVNULL
+    with (
+        subprocess.Popen(command, env=variables, stdout=log, stderr=log, start_new_session=True) as process,
+        httpx.Client(transport=httpx.HTTPTransport(retries=8), timeout=TIMEOUT_S) as http,
+    ):
+        try:
+            yield lambda event: http.post(url, json=event).content
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def _free_ports() -> tuple[int, int]:
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
+        return one.getsockname()[1], other.getsockname()[1]
