@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -37,6 +38,8 @@ from pilotlight.request import FinishReason, SamplingParams, Sequence, Signals, 
 from pilotlight.text.chat_template import load_chat_template
 from pilotlight.text.detokenizer import TextStream
 from pilotlight.text.tokenizer import Tokenizer
+
+logger = logging.getLogger("pilotlight.function")
 
 MAX_INLINE_CHARACTERS = 4096
 """Longer texts are tokenized on another thread, so that they don't hold up the streams of others."""
@@ -367,6 +370,10 @@ class Function:
             invocation.push(failure)
         except PilotlightError as error:
             invocation.push(error)
+        except Exception as error:
+            logger.exception("invocation %s failed", request.id)
+            invocation.cancel()
+            invocation.push(_caused_by(error))
 
     async def _generate(
         self, invocation: Invocation, events: AsyncIterator[TokenEvent], progress: _Progress
@@ -419,6 +426,13 @@ class Function:
             started_at_utc=utc_text(datetime.now(UTC)),
             prices=self.prices,
         )
+
+
+def _caused_by(error: Exception) -> EngineError:
+    """Return what a client learns of a defect of ours; the admission stays open, and is closed as crashed."""
+    failure = EngineError("an internal error occurred")
+    failure.__cause__ = error
+    return failure
 
 
 class _Unobserved:

@@ -172,6 +172,26 @@ def test_request_ids(toy_artifact: Artifact, tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_a_defect_while_generating_ends_the_answer(
+    toy_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    async def scenario() -> None:
+        async with serving(toy_artifact, tmp_path) as toy:
+
+            def break_down(*usage: object) -> None:
+                raise KeyError("secret")
+
+            monkeypatch.setattr("pilotlight.function.final_record", break_down)
+            response = await asyncio.wait_for(toy.chat(max_tokens=2, stream=stream), 20)
+            assert "an internal error occurred" in response.text
+            assert "secret" not in response.text
+            assert "[DONE]" not in response.text
+            assert toy.function.num_running == 0
+
+    asyncio.run(scenario())
+
+
 def test_an_unexpected_failure_shows_no_internals(
     toy_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
