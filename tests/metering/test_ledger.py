@@ -27,10 +27,10 @@ from pilotlight.errors import (
     StartupError,
 )
 from pilotlight.metering.group_commit import GroupCommit
-from pilotlight.metering.ledger import CRASH_DETAIL, Ledger
+from pilotlight.metering.ledger import Ledger
 from pilotlight.metering.ledger_reader import FunctionTotals, LedgerReader
 from pilotlight.metering.prices import PriceTable
-from pilotlight.metering.record import Admission, UsageRecord, final_record, utc_text
+from pilotlight.metering.record import CRASH_DETAIL, Admission, UsageRecord, final_record, utc_text
 from pilotlight.metering.schema import LEDGER_VERSION, connect_writer
 from pilotlight.metering.usage import Timings, Usage
 from pilotlight.request import FinishReason

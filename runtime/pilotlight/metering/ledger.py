@@ -17,18 +17,15 @@ import msgspec
 from pilotlight.errors import ConfigError, PilotlightError, RequestIdInUse, RequestNotFound
 from pilotlight.metering.group_commit import GroupCommit
 from pilotlight.metering.ledger_reader import LedgerReader
-from pilotlight.metering.record import Admission, UsageRecord, final_record
+from pilotlight.metering.record import Admission, UsageRecord, crashed_record
 from pilotlight.metering.schema import connect_writer
-from pilotlight.metering.usage import Timings, Usage
-from pilotlight.request import FinishReason
+from pilotlight.metering.usage import Usage
 
 _ADMIT = "INSERT INTO invocations (request_id, admission) VALUES (?, ?) ON CONFLICT (request_id) DO NOTHING"
 _CHECKPOINT = "UPDATE invocations SET usage = ? WHERE request_id = ? AND record IS NULL"
 _FINISH = "UPDATE invocations SET record = ? WHERE request_id = ? AND record IS NULL"
 _IS_FINISHED = "SELECT 1 FROM invocations WHERE request_id = ? AND event_id = ?"
 _OPEN = "SELECT admission, usage FROM invocations WHERE record IS NULL"
-
-CRASH_DETAIL = "the process ended before the invocation did"
 
 
 class Ledger:
@@ -159,9 +156,8 @@ def _close_crashed(connection: sqlite3.Connection, path: Path) -> None:
 
 
 def _crashed_row(admission: str, usage: str | None) -> tuple[str, str]:
-    admitted = msgspec.json.decode(admission, type=Admission)
-    used = Usage() if usage is None else msgspec.json.decode(usage, type=Usage)
-    return _json(final_record(admitted, used, Timings(), FinishReason.CRASHED, CRASH_DETAIL)), admitted.request_id
+    record = crashed_record(admission, usage)
+    return _json(record), record.request_id
 
 
 def _not_open(request_id: str) -> RequestNotFound:

@@ -12,6 +12,7 @@ from pilotlight.metering.usage import Timings, Usage
 from pilotlight.request import FinishReason
 
 SCHEMA_VERSION = 1
+CRASH_DETAIL = "the process ended before the invocation did"
 
 
 class Admission(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -92,6 +93,17 @@ def final_record(
         **msgspec.structs.asdict(usage),
         **msgspec.structs.asdict(timings),
     )
+
+
+def crashed_record(admission: str | bytes, usage: str | bytes | None) -> UsageRecord:
+    """Return the record of an invocation whose process is gone, from what its ledger holds as JSON.
+
+    Raises:
+        msgspec.DecodeError: that is not what a ledger writes.
+    """
+    admitted = msgspec.json.decode(admission, type=Admission)
+    used = Usage() if usage is None else msgspec.json.decode(usage, type=Usage)
+    return final_record(admitted, used, Timings(), FinishReason.CRASHED, CRASH_DETAIL)
 
 
 def utc_text(instant: datetime) -> str:
