@@ -108,7 +108,7 @@ def verify(
     else:
         for name, value in confirmation.figures.items():
             click.echo(f"{name:<36} {value}")
-        click.echo(f"{artifact} is what {confirmation.source} says")
+        click.echo(f"verified: {artifact} against {confirmation.source}")
 
 
 @main.command()
