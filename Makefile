@@ -7,6 +7,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PRECISION ?= int4
 DEMO_MODEL := models/demo/model
 DEMO_ARTIFACT := artifacts/demo-$(PRECISION)
+ARTIFACT ?= $(DEMO_ARTIFACT)
+LAMBDA_CONTEXT ?= dist/lambda
 
 .DEFAULT_GOAL := help
 
@@ -32,8 +34,21 @@ export: $(VENV)/ready  ## make export MODEL=<hub id or directory> [REVISION=...]
 demo-model: $(VENV)/ready  ## train the demo model again from nothing (about an hour on 2 cores)
 	@$(BIN)/python models/demo/train.py
 
-package: $(VENV)/ready  ## build the wheel into dist/
+package: $(VENV)/ready  ## build the wheel into dist/, or with TARGET=lambda [ARTIFACT=...] the context of an image into dist/lambda/
+ifeq ($(TARGET),lambda)
+	@test -f $(ARTIFACT)/manifest.json || { echo "make package: $(ARTIFACT) is no artifact; see make export" >&2; exit 2; }
+	@rm -rf $(LAMBDA_CONTEXT) && mkdir -p $(LAMBDA_CONTEXT)/aws_lambda
+	@$(PIP) wheel --no-deps --wheel-dir $(LAMBDA_CONTEXT) .
+	@cp functions/aws_lambda/*.py $(LAMBDA_CONTEXT)/aws_lambda
+	@cp -r $(ARTIFACT) $(LAMBDA_CONTEXT)/artifact
+	@cp infra/lambda/Containerfile $(LAMBDA_CONTEXT)
+	@printf '[functions."%s"]\nartifact = "/opt/artifact"\n' $(notdir $(abspath $(ARTIFACT))) > $(LAMBDA_CONTEXT)/pilotlight.toml
+	@chmod -R a+rX $(LAMBDA_CONTEXT)
+	@du --summarize --human-readable --apparent-size $(LAMBDA_CONTEXT)/*
+	@du --summarize --human-readable --apparent-size $(LAMBDA_CONTEXT)
+else
 	@$(PIP) wheel --no-deps --wheel-dir dist .
+endif
 
 clean:  ## remove everything that was built here
 	rm -rf $(VENV) artifacts dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

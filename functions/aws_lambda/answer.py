@@ -51,6 +51,8 @@ class StreamedAnswer:
         self._is_complete = False
 
     async def send(self, message: Any) -> None:
+        if self.gone.is_set():
+            return
         with self._noting_what_is_gone():
             if message["type"] == "http.response.start":
                 await self._begin(message["status"], message["headers"])
@@ -59,9 +61,10 @@ class StreamedAnswer:
                 await self._stream.write(message.get("body", b""))
 
     async def end(self, failure: PilotlightError | None) -> None:
+        if self.gone.is_set():
+            return
         with self._noting_what_is_gone():
-            reply = await self._end(failure)
-            _settle(reply, self._invocation)
+            _settle(await self._end(failure), self._invocation)
 
     async def _end(self, failure: PilotlightError | None) -> Reply:
         if self._stream is None:
@@ -80,8 +83,6 @@ class StreamedAnswer:
 
     @contextmanager
     def _noting_what_is_gone(self) -> Iterator[None]:
-        if self.gone.is_set():
-            return
         try:
             yield
         except OSError as error:

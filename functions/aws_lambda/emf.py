@@ -1,6 +1,6 @@
 """CloudWatch metrics as log lines in the embedded metric format: no call, no agent, and nothing to import.
 
-Source: the Amazon CloudWatch user guide, "Specification: Embedded metric format"; docs/decisions/0006-no-powertools.md.
+Source: the Amazon CloudWatch user guide, "Specification: Embedded metric format"; decision 7.
 """
 
 from __future__ import annotations

@@ -22,12 +22,16 @@ INVOKE_MODES = {"RESPONSE_STREAM": Reading.HTTP_STREAM, "BUFFERED": Reading.HTTP
 
 @dataclass(frozen=True, slots=True)
 class LambdaSettings:
-    """One function, where its records go, and how the platform calls."""
+    """One function, where its records go, and how the platform calls.
+
+    ``environment`` names the sandbox; a process that crashes is followed by another one in the same sandbox.
+    """
 
     name: str
     function: FunctionSettings
     host: HostSettings
     ledger_table: str | None
+    environment: str | None
     url_reading: Reading
     num_pollers: int
     has_snapshots: bool
@@ -39,7 +43,8 @@ def load_lambda_settings(environment: Mapping[str, str] = os.environ) -> LambdaS
     Raises:
         ConfigError: no artifact is named, or a setting is malformed.
     """
-    num_pollers = int(environment.get("AWS_LAMBDA_MAX_CONCURRENCY", "1"))
+    num_pollers = _count("AWS_LAMBDA_MAX_CONCURRENCY", environment.get("AWS_LAMBDA_MAX_CONCURRENCY", "1"))
+    has_snapshots = environment.get("AWS_LAMBDA_INITIALIZATION_TYPE") == "snap-start"
     config = environment.get("PILOTLIGHT_CONFIG")
     settings = load_settings(None if config is None else Path(config), environment)
     name, function = _only_function(settings.functions, environment)
@@ -48,9 +53,10 @@ def load_lambda_settings(environment: Mapping[str, str] = os.environ) -> LambdaS
         function=_sized(function, num_pollers, environment),
         host=_host(settings.host, environment),
         ledger_table=environment.get("PILOTLIGHT_LEDGER_TABLE"),
+        environment=None if has_snapshots else environment.get("AWS_LAMBDA_LOG_STREAM_NAME"),
         url_reading=_url_reading(environment.get("PILOTLIGHT_INVOKE_MODE", "RESPONSE_STREAM")),
         num_pollers=num_pollers,
-        has_snapshots=environment.get("AWS_LAMBDA_INITIALIZATION_TYPE") == "snap-start",
+        has_snapshots=has_snapshots,
     )
 
 
@@ -72,7 +78,8 @@ def _sized(function: FunctionSettings, num_pollers: int, environment: Mapping[st
     """Fit a function to the sandbox: a slot for each invocation at a time, a thread for each vCPU that is paid for."""
     memory_mib = environment.get("AWS_LAMBDA_FUNCTION_MEMORY_SIZE")
     if function.num_threads is None and memory_mib is not None:
-        function = msgspec.structs.replace(function, num_threads=max(1, round(int(memory_mib) / MIB_PER_VCPU)))
+        num_vcpus = _count("AWS_LAMBDA_FUNCTION_MEMORY_SIZE", memory_mib) / MIB_PER_VCPU
+        function = msgspec.structs.replace(function, num_threads=max(1, round(num_vcpus)))
     return msgspec.structs.replace(function, num_slots=num_pollers)
 
 
@@ -81,6 +88,12 @@ def _host(host: HostSettings, environment: Mapping[str, str]) -> HostSettings:
     scratch = {} if "PILOTLIGHT_LEDGER" in environment else {"ledger": SCRATCH_LEDGER}
     uncached = {} if "PILOTLIGHT_CACHE_DIR" in environment else {"cache_dir": ""}
     return msgspec.structs.replace(host, max_body_bytes=MAX_BODY_BYTES, **scratch, **uncached)
+
+
+def _count(name: str, value: str) -> int:
+    if not value.isdecimal() or int(value) < 1:
+        raise ConfigError(f"{name} is {value!r}; expected a number")
+    return int(value)
 
 
 def _url_reading(mode: str) -> Reading:

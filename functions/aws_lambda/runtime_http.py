@@ -36,6 +36,8 @@ class Upload:
         Raises:
             OSError: the other side has closed the connection.
         """
+        if self._reader.at_eof():
+            raise ConnectionResetError("the Runtime API has closed the connection")
         if data:
             self._writer.write(b"%x\r\n%b\r\n" % (len(data), data))
             await self._writer.drain()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from emf import EmfMetrics
@@ -10,9 +11,12 @@ from lambda_settings import LambdaSettings
 from pilotlight.api.app import Api
 from pilotlight.function import UsageLedger
 from pilotlight.host.inprocess import open_function
+from pilotlight.metering.dynamodb_ledger import DynamoDbLedger
 from pilotlight.request import Sequence
 from runtime_client import RuntimeClient
 from stages import Stages
+
+logger = logging.getLogger("pilotlight.aws_lambda")
 
 WARM_UP = Sequence("warm-up", prompt_ids=(0,), max_new_tokens=2)
 
@@ -27,7 +31,7 @@ class Service:
             StartupError: the ledger or the artifact cannot be opened, or a setting does not fit.
         """
         metrics = EmfMetrics()
-        ledger = _open_ledger(settings)
+        ledger = self._ledger = _open_ledger(settings)
         stages.end("ledger")
         self.function = open_function(settings.name, settings.function, settings.host, ledger, metrics)
         stages.end("function")
@@ -42,8 +46,14 @@ class Service:
             pass
 
     def restored(self) -> None:
-        """Go on in a copy that was restored from a snapshot."""
+        """Go on in a copy that was restored from a snapshot.
+
+        Raises:
+            ConfigError: the ledger cannot be used.
+        """
         self.function.restored()
+        if isinstance(self._ledger, DynamoDbLedger):
+            self._ledger.reconnect()
 
     async def run(self) -> None:
         """Answer invocations until the task is cancelled, and then end what runs, with its records.
@@ -58,6 +68,9 @@ class Service:
 
 
 def _open_ledger(settings: LambdaSettings) -> UsageLedger:
+    if settings.ledger_table is not None:
+        return DynamoDbLedger(settings.ledger_table, settings.name, settings.environment)
+    logger.warning("PILOTLIGHT_LEDGER_TABLE is not set: the usage records are lost together with this sandbox")
     from pilotlight.metering.ledger import Ledger
 
     return Ledger(Path(settings.host.ledger))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import queue
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,13 +22,17 @@ ERROR_TYPE = "lambda-runtime-function-error-type"
 
 @dataclass
 class Exchange:
-    """One invocation and what came back for it. ``chunks`` ends with None."""
+    """One invocation and what came back for it. ``chunks`` ends with None.
+
+    The platform hangs up after ``max_chunks``, and answers the end of a response with ``status``.
+    """
 
     request_id: str
     event: bytes
     left_s: float = 60.0
     invocation_id: str | None = None
     status: int = 202
+    max_chunks: int | None = None
     chunks: queue.SimpleQueue[bytes | None] = field(default_factory=queue.SimpleQueue)
     headers: Mapping[str, str] = field(default_factory=dict)
     trailers: dict[str, str] = field(default_factory=dict)
@@ -84,6 +89,11 @@ class FakeRuntimeApi(ThreadingHTTPServer):
     def invoke_http(self, method: str, path: str, body: object = None, **fields: Any) -> Exchange:
         return self.invoke(url_event(method, path, body), **fields)
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Leave it to the test to notice what is missing when the function was killed; show every other error."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
     def stop(self) -> None:
         for _ in range(self.num_polls):
             self.waiting.put(None)
@@ -136,7 +146,7 @@ class _Endpoint(BaseHTTPRequestHandler):
         exchange = self.server.waiting.get()
         self.server.num_polls -= 1
         if exchange is None:
-            self._reply(500)
+            self.close_connection = True
             return
         headers = {
             "Lambda-Runtime-Aws-Request-Id": exchange.request_id,
@@ -149,8 +159,12 @@ class _Endpoint(BaseHTTPRequestHandler):
     def _take_response(self, exchange: Exchange) -> None:
         exchange.headers = {name.lower(): value for name, value in self.headers.items()}
         if exchange.headers.get("lambda-runtime-function-response-mode") == "streaming":
-            for chunk in self._chunks():
+            for number, chunk in enumerate(self._chunks(), 1):
                 exchange.chunks.put(chunk)
+                if number == exchange.max_chunks:
+                    self.close_connection = True
+                    exchange.done.set()
+                    return
             exchange.trailers = self._trailers()
         else:
             exchange.chunks.put(self._whole_body())
@@ -163,18 +177,24 @@ class _Endpoint(BaseHTTPRequestHandler):
 
     def _chunks(self) -> Iterator[bytes]:
         assert self.headers["Transfer-Encoding"] == "chunked"
-        while num_bytes := int(self.rfile.readline(), 16):
+        while num_bytes := int(self._line(), 16):
             yield self.rfile.read(num_bytes)
             assert self.rfile.read(2) == b"\r\n"
 
     def _trailers(self) -> dict[str, str]:
         announced = {name.strip().lower() for name in self.headers["Trailer"].split(",")}
         found = {}
-        while (line := self.rfile.readline().decode().rstrip("\r\n")) != "":
+        while (line := self._line()) != "":
             name, _, value = line.partition(": ")
             assert name.lower() in announced
             found[name.lower()] = value
         return found
+
+    def _line(self) -> str:
+        line = self.rfile.readline().decode()
+        if not line:
+            raise ConnectionError("the function was killed")
+        return line.rstrip("\r\n")
 
     def _whole_body(self) -> bytes:
         return self.rfile.read(int(self.headers["Content-Length"]))
