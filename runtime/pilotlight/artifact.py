@@ -16,8 +16,8 @@ input                          shape, type                 meaning
 Outputs are ``logits`` [N, V] float32 and ``present.i.key`` / ``present.i.value``, bound to the same memory as the past.
 
 An artifact of precision ``hybrid`` has a second graph of the same interface, ``prefill.onnx``, for prefill and for
-large batches. Both read and write the same KV cache, so a runtime may change from one to the other between any two runs.
-Its weights lie in ``prefill.onnx.data`` and, where both graphs use the same ones, in ``model.onnx.data``.
+large batches. Both read and write the same KV cache, so a runtime may change from one to the other between any two
+runs. Its weights lie in ``prefill.onnx.data`` and, where both graphs use the same ones, in ``model.onnx.data``.
 """
 
 from __future__ import annotations
