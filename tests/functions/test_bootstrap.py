@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import platform as machine
 import queue
 import signal
 import socket
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +32,8 @@ pytestmark = [pytest.mark.e2e, pytest.mark.model]
 
 BOOTSTRAP = Path(__file__).parents[2] / "functions" / "aws_lambda" / "bootstrap.py"
 TIMEOUT_S = 60
+MACHINES = {"x86_64": "x86_64", "aarch64": "arm64"}
+"""How the emulator names machines."""
 
 
 def environment(artifact: Path, ledger: Path, **more: str) -> dict[str, str]:
@@ -164,6 +168,23 @@ def test_sigterm_ends_the_process_in_order(demo_int4: Artifact, tmp_path: Path) 
         platform.polls.get(timeout=TIMEOUT_S)
         process.terminate()
         assert process.wait(TIMEOUT_S) == 0
+
+
+@pytest.fixture(scope="session")
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The emulator's binary; its wheel is downloaded, not installed, and nothing else of it is used."""
+    directory = tmp_path_factory.mktemp("emulator")
+    options = ["--no-deps", "--quiet", "--disable-pip-version-check", "--dest", str(directory)]
+    command = [sys.executable, "-m", "pip", "download", *options, "aws-sam-cli"]
+    downloaded = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    wheel = next(directory.glob("aws_sam_cli-*.whl"), None)
+    if wheel is None:
+        pytest.skip(f"aws-sam-cli cannot be downloaded: {downloaded.stderr.strip().splitlines()[-1:]}")
+    with zipfile.ZipFile(wheel) as archive:
+        member = f"samcli/local/rapid/aws-lambda-rie-{MACHINES[machine.machine()]}"
+        binary = Path(archive.extract(member, directory))
+    binary.chmod(0o755)
+    return binary
 
 
 def test_awss_own_emulator_runs_the_bootstrap(emulator: Path, demo_int4: Artifact, tmp_path: Path) -> None:
