@@ -27,9 +27,13 @@ check: $(VENV)/ready  ## lint and types
 	@$(BIN)/mypy runtime export tests models/demo functions
 	@$(BIN)/python -m pytest -q tests/test_import_law.py
 
-export: $(VENV)/ready  ## make export MODEL=<hub id or directory> [REVISION=...] [PRECISION=fp32|int8|int4] [OUT=...]
+export: $(VENV)/ready  ## make export MODEL=<hub id or directory> [REVISION=...] [PRECISION=int4|int8|w8a8|hybrid|fp16|fp32] [OUT=...]
 	@test -n "$(MODEL)" || { echo "make export: name a model, as in: make export MODEL=$(DEMO_MODEL)" >&2; exit 2; }
 	@$(BIN)/pilotlight export "$(MODEL)" --precision $(PRECISION) $(if $(REVISION),--revision "$(REVISION)") $(if $(OUT),--out "$(OUT)")
+
+bench: $(VENV)/ready  ## measure speed beside llama-server, where one is on the path (BENCH_ARGS="--llama-server ... --rounds 5")
+	@$(PIP) install --editable '.[bench]'
+	@$(BIN)/python bench/run.py $(BENCH_ARGS)
 
 demo-model: $(VENV)/ready  ## train the demo model again from nothing (about an hour on 2 cores)
 	@$(BIN)/python models/demo/train.py
@@ -64,4 +68,4 @@ $(VENV)/ready: pyproject.toml
 	@$(PIP) install --editable '.[cpu,export,dev]'
 	@touch $@
 
-.PHONY: help demo test check export demo-model package clean
+.PHONY: help demo test check export bench demo-model package clean

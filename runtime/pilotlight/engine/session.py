@@ -19,7 +19,7 @@ Ids = NDArray[np.int64]
 Logits = NDArray[np.float32]
 
 MIN_BATCH_ROWS = 4
-"""From so many rows on, a decode step is faster on the prefill graph (measured: docs/performance.md)."""
+"""From so many rows on, a decode step of a hybrid runs on its prefill graph; docs/quantization.md has the speeds."""
 
 
 class Session(Protocol):
