@@ -8,6 +8,7 @@ with it.
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Callable
 from pathlib import Path
 
 from pilotlight.errors import ConfigError, StartupError
@@ -44,19 +45,7 @@ def connect_writer(path: Path) -> sqlite3.Connection:
         StartupError: a newer version of Pilotlight wrote it.
         ConfigError: it cannot be opened or is not a ledger.
     """
-    try:
-        connection = sqlite3.connect(path, LOCK_TIMEOUT_S, isolation_level=None, check_same_thread=False)
-    except sqlite3.Error as error:
-        raise _unusable(path, error) from error
-    try:
-        _prepare(connection, path)
-    except sqlite3.Error as error:
-        connection.close()
-        raise _unusable(path, error) from error
-    except StartupError:
-        connection.close()
-        raise
-    return connection
+    return _connect(path, "rwc", _prepare)
 
 
 def connect_reader(path: Path) -> sqlite3.Connection:
@@ -68,14 +57,18 @@ def connect_reader(path: Path) -> sqlite3.Connection:
     """
     if not path.exists():
         raise ConfigError(f"{path}: there is no usage ledger here")
+    return _connect(path, "ro", _check_is_ledger)
+
+
+def _connect(path: Path, mode: str, check: Callable[[sqlite3.Connection, Path], None]) -> sqlite3.Connection:
+    """Open a database in one of SQLite's modes; the connection is closed again where ``check`` refuses it."""
+    uri = f"{path.absolute().as_uri()}?mode={mode}"
     try:
-        uri = f"{path.absolute().as_uri()}?mode=ro"
-        connection = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
+        connection = sqlite3.connect(uri, LOCK_TIMEOUT_S, uri=True, isolation_level=None, check_same_thread=False)
     except sqlite3.Error as error:
         raise _unusable(path, error) from error
     try:
-        if _version(connection, path) == 0:
-            raise ConfigError(f"{path}: is not a usage ledger")
+        check(connection, path)
     except sqlite3.Error as error:
         connection.close()
         raise _unusable(path, error) from error
@@ -83,6 +76,11 @@ def connect_reader(path: Path) -> sqlite3.Connection:
         connection.close()
         raise
     return connection
+
+
+def _check_is_ledger(connection: sqlite3.Connection, path: Path) -> None:
+    if _version(connection, path) == 0:
+        raise ConfigError(f"{path}: is not a usage ledger")
 
 
 def _prepare(connection: sqlite3.Connection, path: Path) -> None:
