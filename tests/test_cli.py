@@ -13,6 +13,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 
@@ -94,9 +95,9 @@ def test_each_command_explains_its_options(command: str, option: str) -> None:
     result = run(command, option)
     assert result.exit_code == 0
     assert result.stdout.startswith(f"Usage: pilotlight {command} ")
-    assert {param.opts[0] for param in main.commands[command].params if param.opts[0].startswith("--")} <= set(
-        result.stdout.split()
-    )
+    loaded = main.get_command(click.Context(main), command)
+    assert loaded is not None
+    assert {param.opts[0] for param in loaded.params if param.opts[0].startswith("--")} <= set(result.stdout.split())
 
 
 def test_version() -> None:

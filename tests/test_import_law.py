@@ -15,13 +15,14 @@ RUNTIME = ROOT / "runtime" / "pilotlight"
 EXPORT = ROOT / "export" / "pilotlight_export"
 FUNCTIONS = ROOT / "functions"
 
-# What each part may import besides itself. Nobody imports `cli` but the two ways to start the program.
+# What each part may import besides itself. Nobody imports `cli` but the two ways to start the program, and it loads a
+# command only when that is called; so `commands` is where the program's ends meet.
 GROUND = {"errors"}
 CONTRACTS = GROUND | {"request", "artifact", "config"}
 FUNCTION = CONTRACTS | {"text", "metering"}
 API = FUNCTION | {"function"}
 HOST = API | {"api", "engine"}
-CLI = (HOST | {"host"}) - {"engine"}
+COMMANDS = (HOST | {"host"}) - {"engine"}
 LAW = {
     "errors": set(),
     "request": GROUND,
@@ -33,12 +34,14 @@ LAW = {
     "function": FUNCTION,
     "api": API,
     "host": HOST,
-    "cli": CLI,
+    "commands": COMMANDS,
+    "cli": GROUND | {"commands"},
     "__main__": {"cli"},
     "__init__": set(),
-    "functions": CLI,
+    "functions": COMMANDS,
     "pilotlight_export": {"artifact", "errors"},
 }
+COMMAND_MODULES = sorted(path.stem for path in (RUNTIME / "commands").glob("[!_]*.py"))
 EXPORT_ONLY = {"pilotlight_export", "torch", "optimum", "transformers"}
 SESSION = "pilotlight.engine.session"
 
@@ -113,6 +116,8 @@ def test_every_part_of_the_runtime_is_under_the_law() -> None:
         ("pilotlight.function", "from pilotlight import engine", "function may not know engine"),
         ("pilotlight.api.app", "from pilotlight.host.inprocess import open_function", "api may not know host"),
         ("pilotlight.host.server", "from pilotlight.cli import main", "host may not know cli"),
+        ("pilotlight.host.server", "import pilotlight.commands.serve", "host may not know commands"),
+        ("pilotlight.commands.serve", "import pilotlight.engine.session", "commands may not know engine"),
         ("pilotlight.cli", "import pilotlight.engine.session", "cli may not know engine"),
         (
             "pilotlight.artifact",
@@ -155,7 +160,11 @@ def test_what_the_law_allows(module: str, source: str) -> None:
 @pytest.mark.parametrize(
     ("started", "unwanted"),
     [
-        ("pilotlight.cli", ["onnxruntime", "numpy", "jinja2", "tokenizers", "starlette"]),
+        ("pilotlight.cli", ["onnxruntime", "numpy", "jinja2", "tokenizers", "starlette", "pilotlight.config"]),
+        *(
+            (f"pilotlight.commands.{name}", ["onnxruntime", "numpy", "jinja2", "tokenizers", "starlette"])
+            for name in COMMAND_MODULES
+        ),
         ("pilotlight.host.server", ["torch", "transformers", "optimum", "onnx", "pilotlight_export"]),
     ],
 )
