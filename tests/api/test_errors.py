@@ -133,6 +133,7 @@ def test_harmless_parameters_are_accepted(toy_artifact: Artifact, tmp_path: Path
             response = await toy.chat(
                 max_tokens=2, user="u", metadata={"a": "b"}, store=False, service_tier="auto", n=1, logprobs=False,
                 tools=[], tool_choice="auto", response_format={"type": "text"}, top_logprobs=None,
+                stream=None, ignore_eos=None, temperature=None,
             )  # fmt: skip
             assert response.status_code == 200, response.text
 

@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from pilotlight.api.openai_body import GenerationBody, parse
+from pilotlight.api.openai_body import GenerationBody
 from pilotlight.api.openai_completion import Shape
+from pilotlight.api.wire import parse
 from pilotlight.errors import InvalidRequest
 from pilotlight.function import Request
 
@@ -31,7 +32,7 @@ class Message(msgspec.Struct, frozen=True, omit_defaults=True):
     tool_call_id: str | None = None
 
 
-class ChatBody(GenerationBody, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class ChatBody(GenerationBody, frozen=True, kw_only=True):
     messages: Annotated[list[Message], Meta(min_length=1)]
     max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
 
@@ -40,7 +41,7 @@ def parse_chat(raw: bytes) -> ChatBody:
     """Decode the body of a chat completion.
 
     Raises:
-        InvalidRequest: see ``openai_body.parse``.
+        InvalidRequest: see ``wire.parse``.
     """
     return parse(raw, ChatBody)
 

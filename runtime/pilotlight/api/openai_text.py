@@ -6,8 +6,9 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from pilotlight.api.openai_body import GenerationBody, parse
+from pilotlight.api.openai_body import GenerationBody
 from pilotlight.api.openai_completion import Shape
+from pilotlight.api.wire import parse
 from pilotlight.errors import InvalidRequest
 from pilotlight.function import Request
 
@@ -15,7 +16,7 @@ DEFAULT_MAX_TOKENS = 16
 """What the OpenAI API takes where a text completion does not say."""
 
 
-class TextBody(GenerationBody, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class TextBody(GenerationBody, frozen=True, kw_only=True):
     prompt: str | Annotated[list[int | str | list[int]], Meta(min_length=1)]
 
 
@@ -23,7 +24,7 @@ def parse_text(raw: bytes) -> TextBody:
     """Decode the body of a text completion.
 
     Raises:
-        InvalidRequest: see ``openai_body.parse``; or more than one prompt.
+        InvalidRequest: see ``wire.parse``; or more than one prompt.
     """
     return parse(raw, TextBody)
 

@@ -1,0 +1,103 @@
+"""Request bodies: one declaration gives the parsing, the refusal of a bad body, and the schema in ``/openapi.json``.
+
+A parameter that would change the answer and is not supported is refused by name; one that cannot is ignored. Null means
+not given, as the clients' types have it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from pilotlight.errors import InvalidRequest
+
+SAMPLING = (
+    "temperature top_k top_p min_p repetition_penalty frequency_penalty presence_penalty logit_bias seed"
+).split()
+
+T = TypeVar("T", bound="Body")
+
+
+class Body(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A body's fields are its parameters; ``ignored`` names what it takes beside them without any effect.
+
+    ``neutral`` names what is not supported, with the values that ask for nothing and are therefore taken.
+    """
+
+    ignored: ClassVar[frozenset[str]] = frozenset()
+    neutral: ClassVar[Mapping[str, tuple[object, ...]]] = {}
+
+
+class SamplingBody(Body, frozen=True, kw_only=True):
+    """What every endpoint that generates can be told; a surface narrows what its clients know otherwise."""
+
+    model: str
+    stream: bool = False
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
+    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
+    logit_bias: dict[Annotated[int, Meta(ge=0)], Annotated[float, Meta(ge=-100, le=100)]] | None = None
+    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+    top_k: Annotated[int, Meta(ge=0)] | None = None
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0, le=10)] | None = None
+    ignore_eos: bool = False
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """The sampling parameters that the client gave."""
+        return {name: getattr(self, name) for name in SAMPLING if getattr(self, name) is not None}
+
+
+def parse(raw: bytes, kind: type[T]) -> T:
+    """Decode and check a request body.
+
+    Raises:
+        InvalidRequest: not JSON, or a parameter is missing, malformed, out of range or not supported.
+    """
+    fields = {field.name: field for field in msgspec.structs.fields(kind)}
+    given = {}
+    for key, value in _object(raw).items():
+        if key not in fields:
+            _check_other(key, value, kind)
+        elif value is not None or fields[key].required:
+            given[key] = value
+    try:
+        return msgspec.convert(given, kind, str_keys=True)
+    except msgspec.ValidationError as error:
+        raise _invalid(error) from error
+
+
+def _object(raw: bytes) -> dict[str, Any]:
+    try:
+        body = msgspec.json.decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InvalidRequest(None, f"the body is not valid JSON: {error}", "invalid_json") from error
+    if not isinstance(body, dict):
+        raise InvalidRequest(None, "the body must be a JSON object", "invalid_json")
+    return body
+
+
+def _check_other(key: str, value: object, kind: type[Body]) -> None:
+    if key in kind.ignored:
+        return
+    if key not in kind.neutral:
+        raise InvalidRequest(key, f"unknown parameter: {key}", "unknown_parameter")
+    if value is not None and value not in kind.neutral[key]:
+        raise InvalidRequest(key, f"{key} is not supported here", "unsupported_parameter")
+
+
+def _invalid(error: msgspec.ValidationError) -> InvalidRequest:
+    """Turn msgspec's message ("Expected … - at `$.a.b`") into one that begins with the parameter."""
+    expectation, _, place = str(error).replace("`", "").partition(" - at ")
+    param = place.rpartition("$")[2].removeprefix(".").removesuffix("[...]") or None
+    for marker in ("missing required field ", "contains unknown field "):
+        _, found, name = expectation.partition(marker)
+        if found:
+            param = f"{param}.{name}" if param else name
+            expectation = "is required" if "missing" in marker else "is not a known parameter"
+    return InvalidRequest(param, f"{param}: {expectation[:1].lower()}{expectation[1:]}" if param else expectation)
