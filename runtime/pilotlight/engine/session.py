@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +15,7 @@ from numpy.typing import NDArray
 from pilotlight.artifact import GRAPH, PREFILL_GRAPH, WEIGHTS, Artifact, Manifest, Shapes
 from pilotlight.engine.graph_cache import GraphCache
 from pilotlight.engine.slots import KV_DTYPES, KvCache
+from pilotlight.engine.weight_alignment import ALIGNMENT_BYTES, align_weights
 from pilotlight.errors import ArtifactError
 
 Ids = NDArray[np.int64]
@@ -20,6 +23,8 @@ Logits = NDArray[np.float32]
 
 MIN_BATCH_ROWS = 4
 """From so many rows on, a decode step of a hybrid runs on its prefill graph; docs/quantization.md has the speeds."""
+
+KEPT_BY = f"onnxruntime {ort.__version__}, weights at multiples of {ALIGNMENT_BYTES}"
 
 
 class Session(Protocol):
@@ -64,7 +69,7 @@ class OnnxSession:
         self.max_context_tokens = max_context_tokens
         self._cache = KvCache(manifest.shapes, manifest.kv.dtype, num_slots, max_context_tokens)
         self.kv_bytes_per_token = self._cache.bytes_per_token
-        kept = GraphCache(cache_dir, f"onnxruntime {ort.__version__}") if cache_dir is not None else None
+        kept = GraphCache(cache_dir, KEPT_BY) if cache_dir is not None else None
         names = [name for name in (GRAPH, PREFILL_GRAPH) if name in manifest.files]
         graphs = [_Graph(_load(artifact, name, num_threads, kept), self._cache, manifest.shapes) for name in names]
         self._graph, self._prefill_graph = graphs[0], graphs[-1]
@@ -161,7 +166,9 @@ def _load(artifact: Artifact, name: str, num_threads: int, cache: GraphCache | N
         if kept is not None:
             return _open(kept, _kept_options(num_threads))
         with cache.making(artifact, name) as target:
-            return _open_and_keep(path, target, num_threads, artifact.manifest)
+            session = _open_and_keep(path, target, num_threads, artifact.manifest)
+        _return_freed_memory()
+        return session
     except (ArtifactError, OSError):
         # a full disk, say; and if the artifact itself is bad, it fails again below
         cache.discard(artifact, name)
@@ -169,7 +176,7 @@ def _load(artifact: Artifact, name: str, num_threads: int, cache: GraphCache | N
 
 
 def _open_and_keep(path: Path, target: Path, num_threads: int, manifest: Manifest) -> ort.InferenceSession:
-    """Open a graph and write it to ``target`` as it was optimized, with its weights prepacked where that works.
+    """Open what is written to ``target``: the graph as it was optimized, with its weights prepacked where that works.
 
     Raises:
         ArtifactError: the graph cannot be loaded, or what was written computes something else.
@@ -179,11 +186,18 @@ def _open_and_keep(path: Path, target: Path, num_threads: int, manifest: Manifes
         for key, value in keep.items():
             options.add_session_config_entry(key, value)
         options.optimized_model_filepath = str(target)
-        session = _open(path, options)
+        expected = _probe(_open(path, options), manifest)
+        align_weights(target, target.parent / WEIGHTS)
         kept = _open(target, _kept_options(num_threads))
-        if np.array_equal(_probe(session, manifest), _probe(kept, manifest)):
-            return session
+        if np.array_equal(expected, _probe(kept, manifest)):
+            return kept
     raise ArtifactError(target, "does not compute what it was made from")
+
+
+def _return_freed_memory() -> None:
+    """Give the memory of the session that was only needed for keeping back to the system, where the C library can."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 _KEEP = {
@@ -192,8 +206,6 @@ _KEEP = {
     "session.optimized_model_external_initializers_min_size_in_bytes": "128",
 }
 
-# ONNX Runtime 1.31.1 writes prepacked weights wherever the file has got to, but the kernels read them with pointers
-# that they align themselves; so what was written can mean something else when it is mapped. Hence the probe.
 _PREPACKED = {"session.save_external_prepacked_constant_initializers": "1"}
 
 
