@@ -3,30 +3,40 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import re
 import secrets
 from collections.abc import Mapping
+from functools import partial
+from typing import Any
 
-import msgspec
 from starlette.applications import Starlette
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pilotlight.api import errors
+from pilotlight.api.endpoint import ANY, GENERATION, Endpoint, routes
+from pilotlight.api.intake import Intake, json_response, request_id_of
 from pilotlight.api.metrics import CONTENT_TYPE, Metrics
+from pilotlight.api.objects import Alive, CancelledRequest, ModelList, ModelObject, Ready, model_object
 from pilotlight.api.openai_body import GenerationBody
-from pilotlight.api.openai_chat import CHAT, chat_request, parse_chat
+from pilotlight.api.openai_chat import CHAT, ChatBody, chat_request
 from pilotlight.api.openai_completion import Shape, stream, whole
-from pilotlight.api.openai_text import TEXT, parse_text, text_request
-from pilotlight.api.sse import EventStream, cancelled_on_disconnect
-from pilotlight.errors import BodyTooLarge, Draining, FunctionNotFound, InvalidRequest, PilotlightError, RequestNotFound
+from pilotlight.api.openai_text import TEXT, TextBody, text_request
+from pilotlight.api.wire import parse
+from pilotlight.errors import (
+    Draining,
+    FunctionNotFound,
+    InvalidRequest,
+    LedgerUnavailable,
+    PilotlightError,
+    RequestNotFound,
+)
 from pilotlight.function import Function, UsageLedger
 from pilotlight.function import Request as FunctionRequest
+from pilotlight.metering.record import UsageRecord
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
@@ -37,24 +47,14 @@ class Api:
     def __init__(
         self, functions: Mapping[str, Function], ledger: UsageLedger, metrics: Metrics, max_body_bytes: int
     ) -> None:
+        self._intake = Intake(functions, max_body_bytes)
         self._functions = functions
         self._ledger = ledger
         self._metrics = metrics
-        self._max_body_bytes = max_body_bytes
 
     def app(self) -> Starlette:
         app = Starlette(
-            routes=[
-                Route("/v1/chat/completions", self.chat_completions, methods=["POST"]),
-                Route("/v1/completions", self.completions, methods=["POST"]),
-                Route("/v1/models", self.models),
-                Route("/v1/models/{name:path}", self.model),
-                Route("/v1/usage/{request_id}", self.usage),
-                Route("/v1/requests/{request_id}/cancel", self.cancel, methods=["POST"]),
-                Route("/livez", self.livez),
-                Route("/readyz", self.readyz),
-                Route("/metrics", self.metrics),
-            ],
+            routes=routes(self.endpoints()),
             exception_handlers={
                 PilotlightError: errors.on_pilotlight_error,
                 HTTPException: errors.on_http_exception,
@@ -64,65 +64,107 @@ class Api:
         app.add_middleware(RequestIds)
         return app
 
+    def endpoints(self) -> list[Endpoint]:
+        return [
+            Endpoint(
+                "POST",
+                "/v1/chat/completions",
+                self.chat_completions,
+                "Answer a conversation",
+                answer=dict[str, Any],
+                body=ChatBody,
+                event=dict[str, Any],
+                refusals=GENERATION,
+            ),
+            Endpoint(
+                "POST",
+                "/v1/completions",
+                self.completions,
+                "Continue a text",
+                answer=dict[str, Any],
+                body=TextBody,
+                event=dict[str, Any],
+                refusals=GENERATION,
+            ),
+            Endpoint("GET", "/v1/models", self.models, "List the functions", answer=ModelList),
+            Endpoint(
+                "GET",
+                "/v1/models/{name:path}",
+                self.model,
+                "Describe a function",
+                answer=ModelObject,
+                refusals=(*ANY, FunctionNotFound),
+            ),
+            Endpoint(
+                "GET",
+                "/v1/usage/{request_id}",
+                self.usage,
+                "Return the usage record of a finished invocation",
+                answer=UsageRecord,
+                refusals=(*ANY, RequestNotFound, LedgerUnavailable),
+            ),
+            Endpoint(
+                "POST",
+                "/v1/requests/{request_id}/cancel",
+                self.cancel,
+                "End a running invocation",
+                answer=CancelledRequest,
+                refusals=(*ANY, RequestNotFound),
+            ),
+            Endpoint("GET", "/livez", self.livez, "Tell whether the process runs", answer=Alive),
+            Endpoint(
+                "GET",
+                "/readyz",
+                self.readyz,
+                "Tell whether requests are taken",
+                answer=Ready,
+                refusals=(*ANY, Draining),
+            ),
+            Endpoint("GET", "/metrics", self.metrics, "Metrics for Prometheus", answer=CONTENT_TYPE),
+        ]
+
     async def chat_completions(self, request: Request) -> Response:
-        body = parse_chat(await self._read_body(request))
-        return await self._complete(request, body, chat_request(body, _request_id(request)), CHAT)
+        body = parse(await self._intake.read_body(request), ChatBody)
+        return await self._complete(request, body, chat_request(body, request_id_of(request)), CHAT)
 
     async def completions(self, request: Request) -> Response:
-        body = parse_text(await self._read_body(request))
-        return await self._complete(request, body, text_request(body, _request_id(request)), TEXT)
+        body = parse(await self._intake.read_body(request), TextBody)
+        return await self._complete(request, body, text_request(body, request_id_of(request)), TEXT)
 
     async def models(self, request: Request) -> Response:
-        return _json({"object": "list", "data": [_model_object(f) for f in self._functions.values()]})
+        return json_response(ModelList([model_object(function) for function in self._functions.values()]))
 
     async def model(self, request: Request) -> Response:
-        return _json(_model_object(self._function(request.path_params["name"])))
+        return json_response(model_object(self._intake.function(request.path_params["name"])))
 
     async def usage(self, request: Request) -> Response:
         request_id = request.path_params["request_id"]
         record = await asyncio.to_thread(self._ledger.get, request_id)
         if record is None:
             raise RequestNotFound(f"there is no usage record of a request {request_id!r}")
-        return _json(record)
+        return json_response(record)
 
     async def cancel(self, request: Request) -> Response:
         request_id = request.path_params["request_id"]
         if not any(function.cancel(request_id) for function in self._functions.values()):
             raise RequestNotFound(f"no request {request_id!r} is running")
-        return _json({"id": request_id, "object": "request", "status": "cancelling"})
+        return json_response(CancelledRequest(request_id))
 
     async def livez(self, request: Request) -> Response:
-        return _json({"status": "ok"})
+        return json_response(Alive())
 
     async def readyz(self, request: Request) -> Response:
         if any(function.draining for function in self._functions.values()):
             raise Draining
-        return _json({"status": "ok", "functions": sorted(self._functions)})
+        return json_response(Ready(sorted(self._functions)))
 
     async def metrics(self, request: Request) -> Response:
         return Response(self._metrics.render(), headers={"content-type": CONTENT_TYPE})
 
     async def _complete(self, request: Request, body: GenerationBody, asked: FunctionRequest, shape: Shape) -> Response:
-        timed = dataclasses.replace(asked, deadline_at=getattr(request.state, "deadline_at", None))
-        invocation = await self._function(body.model).invoke(timed)
-        if body.stream:
-            return EventStream(invocation, stream(invocation, body, shape))
-        async with cancelled_on_disconnect(invocation, request.receive):
-            return _json(await whole(invocation, body, shape))
-
-    def _function(self, name: str) -> Function:
-        if name not in self._functions:
-            raise FunctionNotFound(name, list(self._functions))
-        return self._functions[name]
-
-    async def _read_body(self, request: Request) -> bytes:
-        """Read the body, and stop reading at the limit."""
-        body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > self._max_body_bytes:
-                raise BodyTooLarge(self._max_body_bytes)
-        return bytes(body)
+        return await self._intake.answer(
+            request, body, asked, partial(stream, body=body, shape=shape), partial(whole, body=body, shape=shape)
+        )
 
 
 class RequestIds:
@@ -150,24 +192,3 @@ class RequestIds:
             await errors.error_response(refusal)(scope, receive, send_with_id)
             return
         await self._app(scope, receive, send_with_id)
-
-
-def _request_id(request: Request) -> str:
-    request_id: str = request.state.request_id
-    return request_id
-
-
-def _json(content: object) -> Response:
-    return Response(msgspec.json.encode(content), media_type="application/json")
-
-
-def _model_object(function: Function) -> dict[str, object]:
-    return {
-        "id": function.name,
-        "object": "model",
-        "created": int(function.created_at_utc.timestamp()),
-        "owned_by": "pilotlight",
-        "max_context_tokens": function.max_context_tokens,
-        "artifact": function.artifact.digest,
-        "precision": function.artifact.manifest.precision,
-    }

@@ -9,7 +9,6 @@ from msgspec import Meta
 
 from pilotlight.api.openai_body import GenerationBody
 from pilotlight.api.openai_completion import Shape
-from pilotlight.api.wire import parse
 from pilotlight.errors import InvalidRequest
 from pilotlight.function import Request
 
@@ -35,15 +34,6 @@ class Message(msgspec.Struct, frozen=True, omit_defaults=True):
 class ChatBody(GenerationBody, frozen=True, kw_only=True):
     messages: Annotated[list[Message], Meta(min_length=1)]
     max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
-
-
-def parse_chat(raw: bytes) -> ChatBody:
-    """Decode the body of a chat completion.
-
-    Raises:
-        InvalidRequest: see ``wire.parse``.
-    """
-    return parse(raw, ChatBody)
 
 
 def chat_request(body: ChatBody, request_id: str) -> Request:

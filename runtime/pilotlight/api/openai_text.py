@@ -8,7 +8,6 @@ from msgspec import Meta
 
 from pilotlight.api.openai_body import GenerationBody
 from pilotlight.api.openai_completion import Shape
-from pilotlight.api.wire import parse
 from pilotlight.errors import InvalidRequest
 from pilotlight.function import Request
 
@@ -18,15 +17,6 @@ DEFAULT_MAX_TOKENS = 16
 
 class TextBody(GenerationBody, frozen=True, kw_only=True):
     prompt: str | Annotated[list[int | str | list[int]], Meta(min_length=1)]
-
-
-def parse_text(raw: bytes) -> TextBody:
-    """Decode the body of a text completion.
-
-    Raises:
-        InvalidRequest: see ``wire.parse``; or more than one prompt.
-    """
-    return parse(raw, TextBody)
 
 
 def text_request(body: TextBody, request_id: str) -> Request:
