@@ -19,7 +19,8 @@ FUNCTIONS = ROOT / "functions"
 # command only when that is called; so `commands` is where the program's ends meet.
 GROUND = {"errors"}
 CONTRACTS = GROUND | {"request", "artifact", "config"}
-FUNCTION = CONTRACTS | {"text", "metering"}
+ANSWER = CONTRACTS | {"text"}
+FUNCTION = ANSWER | {"answer", "metering"}
 API = FUNCTION | {"function"}
 HOST = API | {"api", "engine"}
 COMMANDS = (HOST | {"host"}) - {"engine"}
@@ -31,6 +32,7 @@ LAW = {
     "text": CONTRACTS,
     "metering": CONTRACTS,
     "engine": CONTRACTS,
+    "answer": ANSWER,  # what the API shows of a function, apart from how it is run
     "function": FUNCTION,
     "api": API,
     "host": HOST,

@@ -14,12 +14,13 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from collections.abc import Sequence as Items
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Protocol
 
 import msgspec
 
+from pilotlight.answer import Choice, ChoiceStream, Delta, overall_finish
 from pilotlight.artifact import GENERATION_CONFIG, Artifact
 from pilotlight.errors import (
     ArtifactError,
@@ -94,10 +95,13 @@ class Observer(Protocol):
 class Request:
     """What a client asked for, parsed and checked. ``messages`` or ``text`` or ``token_ids`` is the prompt.
 
+    With ``num_top_logprobs`` each token comes with its log probability, and so many of the likeliest ones.
     At ``deadline_at``, a monotonic instant, the answer ends as if its length were reached.
     """
 
     id: str
+    num_choices: int = 1
+    num_top_logprobs: int | None = None
     messages: Items[Mapping[str, Any]] | None = None
     text: str | None = None
     token_ids: tuple[int, ...] | None = None
@@ -114,18 +118,12 @@ class Request:
         return "messages" if self.messages is not None else "prompt"
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """What one token added to the answer; the text is empty while it could still be part of a stop string."""
-
-    text: str
-    token_ids: tuple[int, ...]
-
-
 class Invocation:
     """One running request on a function. Iterate over it for the answer; after that it has a ``record``."""
 
-    def __init__(self, function: Function, request: Request, num_prompt_tokens: int) -> None:
+    def __init__(
+        self, function: Function, request: Request, num_prompt_tokens: int, streams: Items[ChoiceStream]
+    ) -> None:
         self.request = request
         self.submitted_at = time.monotonic()
         self.num_prompt_tokens = num_prompt_tokens
@@ -135,6 +133,7 @@ class Invocation:
         self.expired = False
         self.admitted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.function = function
+        self.streams = streams
         self._deltas: asyncio.Queue[Delta | PilotlightError | None] = asyncio.Queue()
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
@@ -153,6 +152,20 @@ class Invocation:
                 raise item
             self.num_delivered_tokens += len(item.token_ids)
             yield item
+
+    async def choices(self) -> list[Choice]:
+        """Return the whole answer, once its usage record is durable; raises what iterating over it raises."""
+        deltas = [delta async for delta in self]
+        choices = [Choice(stream.index, self.finish(stream.index)) for stream in self.streams]
+        for delta in deltas:
+            choices[delta.choice].add(delta)
+        return choices
+
+    def finish(self, choice: int) -> FinishReason:
+        """Return why a choice of a finished invocation ended."""
+        finish = self.streams[choice].finish
+        assert finish is not None
+        return finish
 
     def cancel(self) -> None:
         """End the generation within a step; what was generated is metered. Harmless when it has ended."""
@@ -181,16 +194,15 @@ class _Progress:
     last_token_at: float | None = None
     finish: FinishReason = FinishReason.ERROR
     stop_detail: str | None = None
+    checkpoint: asyncio.Task[None] | None = None
 
-    def count(self, event: TokenEvent) -> float | None:
-        """Count one token and return the seconds since its predecessor."""
-        previous, self.last_token_at = self.last_token_at, event.at
+    def count(self, event: TokenEvent) -> None:
+        """Count one token of any choice."""
         self.num_completion_tokens += 1
-        if previous is None:
+        self.last_token_at = event.at
+        if self.first_token_at is None:
             self.first_token_at = event.at
             self.prefill_started_at = event.prefill_started_at
-            return None
-        return event.at - previous
 
     def timings(self) -> Timings:
         """Return the stages' durations up to now."""
@@ -238,6 +250,7 @@ class Function:
         self.cold_start_ms = 0.0
         self._cold_start_to_report_ms = 0.0
         self._running: dict[str, asyncio.Task[None]] = {}
+        self._invocations: dict[str, Invocation] = {}
         self.draining = False
 
     def started(self, cold_start_ms: float) -> None:
@@ -263,14 +276,19 @@ class Function:
         if self.draining:
             raise Draining
         prompt_ids = await self._prompt_ids(request)
-        sequence = self._sequence(request, prompt_ids)
+        sequences = self._sequences(request, prompt_ids)
         if request.id in self._running:
             raise RequestIdInUse(request.id)
-        invocation = Invocation(self, request, len(prompt_ids))
-        events = self.backend.submit(sequence)
+        streams = [
+            ChoiceStream(index, sequence.id, sequence.stop_ids, TextStream(self._tokenizer, request.stop_strings))
+            for index, sequence in enumerate(sequences)
+        ]
+        invocation = Invocation(self, request, len(prompt_ids), streams)
+        events = await self._submit(sequences)
         task = asyncio.create_task(self._run(invocation, events), name=f"invocation {request.id}")
         self._running[request.id] = task
-        task.add_done_callback(lambda _: self._running.pop(request.id, None))
+        self._invocations[request.id] = invocation
+        task.add_done_callback(lambda _: self._forget(request.id))
         try:
             await asyncio.shield(invocation.admitted)
         except asyncio.CancelledError:
@@ -284,9 +302,10 @@ class Function:
 
     def cancel(self, request_id: str) -> bool:
         """End a running invocation as cancelled; False when there is none of that id."""
-        if request_id not in self._running:
+        if (invocation := self._invocations.get(request_id)) is None:
             return False
-        self.backend.abort(request_id)
+        for stream in invocation.streams:
+            self.backend.abort(stream.sequence_id)
         return True
 
     async def settled(self, request_id: str) -> None:
@@ -330,6 +349,30 @@ class Function:
             raise InvalidRequest("prompt", f"token ids must lie between 0 and {vocab_size - 1}")
         return token_ids
 
+    async def _submit(self, sequences: Items[Sequence]) -> list[AsyncIterator[TokenEvent]]:
+        """Submit all sequences of a request, or none."""
+        submitted: list[AsyncIterator[TokenEvent]] = []
+        try:
+            for sequence in sequences:
+                submitted.append(self.backend.submit(sequence))
+        except PilotlightError:
+            await self._discard([sequence.id for sequence in sequences], submitted)
+            raise
+        return submitted
+
+    def _forget(self, request_id: str) -> None:
+        self._running.pop(request_id, None)
+        self._invocations.pop(request_id, None)
+
+    def _sequences(self, request: Request, prompt_ids: tuple[int, ...]) -> list[Sequence]:
+        """Return one sequence a choice; each draws its own random numbers, the first one those of the seed itself."""
+        first = self._sequence(request, prompt_ids)
+        others = [
+            replace(first, id=f"{first.id}#{index}", sampling=replace(first.sampling, seed=first.sampling.seed + index))
+            for index in range(1, request.num_choices)
+        ]
+        return [first, *others]
+
     def _sequence(self, request: Request, prompt_ids: tuple[int, ...]) -> Sequence:
         room = self.max_context_tokens - len(prompt_ids)
         if room < 1:
@@ -344,9 +387,10 @@ class Function:
             max_new_tokens=min(request.max_new_tokens or room, room),
             stop_ids=frozenset() if request.ignore_eos else self._stop_ids,
             sampling=sampling,
+            num_top_logprobs=request.num_top_logprobs,
         )
 
-    async def _run(self, invocation: Invocation, events: AsyncIterator[TokenEvent]) -> None:
+    async def _run(self, invocation: Invocation, events: Items[AsyncIterator[TokenEvent]]) -> None:
         """Carry one invocation to its record. The prefill runs while the admission becomes durable."""
         request = invocation.request
         cold_start_ms, self._cold_start_to_report_ms = self._cold_start_to_report_ms, 0.0
@@ -355,7 +399,7 @@ class Function:
         try:
             await self._ledger.admit(admission)
         except PilotlightError as error:
-            await self._discard(request.id, events)
+            await self._discard([stream.sequence_id for stream in invocation.streams], events)
             invocation.admitted.set_exception(error)
             return
         invocation.admitted.set_result(None)
@@ -376,44 +420,62 @@ class Function:
             invocation.push(_caused_by(error))
 
     async def _generate(
-        self, invocation: Invocation, events: AsyncIterator[TokenEvent], progress: _Progress
+        self, invocation: Invocation, events: Items[AsyncIterator[TokenEvent]], progress: _Progress
     ) -> EngineError | None:
         """Turn token events into deltas; a failed run is returned, since it is metered like any other end."""
-        stream = TextStream(self._tokenizer, invocation.request.stop_strings)
-        checkpoint: asyncio.Task[None] | None = None
-        async for event in events:
-            if stream.stopped_by is not None:
-                continue  # was under way when the stop string was found: neither billed nor delivered
-            if event.token_id is not None:
-                self._observer.token(self.name, progress.count(event))
-                invocation.push(_delta(stream, event))
-                if progress.num_completion_tokens % CHECKPOINT_TOKENS == 1 and (
-                    checkpoint is None or checkpoint.done()
-                ):
-                    checkpoint = asyncio.create_task(self._checkpoint(invocation, progress))
-            if stream.stopped_by is not None:
-                progress.finish, progress.stop_detail = FinishReason.STOP, stream.stopped_by
-                self.backend.abort(invocation.request.id)
-            elif event.finish is FinishReason.CANCELLED and invocation.expired:
-                progress.finish = FinishReason.DEADLINE
-                invocation.push(Delta(stream.finish(), ()))
-            elif event.finish is not None:
-                progress.finish, progress.stop_detail = event.finish, event.error
-        if checkpoint is not None:
-            await checkpoint
+        streams = invocation.streams
+        await asyncio.gather(
+            *(self._follow(invocation, stream, of, progress) for stream, of in zip(streams, events, strict=True))
+        )
+        progress.finish = overall_finish([invocation.finish(stream.index) for stream in streams])
+        details = (stream.stop_detail for stream in streams if stream.finish is progress.finish)
+        progress.stop_detail = next(details, None)
+        if progress.checkpoint is not None:
+            await progress.checkpoint
         if progress.finish is FinishReason.ERROR:
             return EngineError("the model run failed; what was generated until then is metered")
         return None
+
+    async def _follow(
+        self, invocation: Invocation, stream: ChoiceStream, events: AsyncIterator[TokenEvent], progress: _Progress
+    ) -> None:
+        """Carry one choice to its end."""
+        async for event in events:
+            if stream.finish is not None:
+                continue  # was under way when the stop string was found: neither billed nor delivered
+            if event.token_id is not None:
+                progress.count(event)
+                self._observer.token(self.name, stream.gap_s(event))
+                invocation.push(stream.push(event, self._tokenizer))
+                self._note(invocation, progress)
+            if stream.finish is not None:
+                self.backend.abort(stream.sequence_id)
+            elif event.finish is FinishReason.CANCELLED and invocation.expired:
+                stream.finish = FinishReason.DEADLINE
+                invocation.push(stream.cut())
+            elif event.finish is not None:
+                stream.finish, stream.stop_detail = event.finish, event.error
+        if stream.finish is FinishReason.ERROR:
+            invocation.cancel()  # the other choices: nobody will see them
+
+    def _note(self, invocation: Invocation, progress: _Progress) -> None:
+        """Have a checkpoint written at the first token and now and then after it, one at a time."""
+        due = progress.num_completion_tokens % CHECKPOINT_TOKENS == 1
+        if due and (progress.checkpoint is None or progress.checkpoint.done()):
+            progress.checkpoint = asyncio.create_task(self._checkpoint(invocation, progress))
 
     async def _checkpoint(self, invocation: Invocation, progress: _Progress) -> None:
         """Note what a crash would otherwise lose. The stream doesn't wait for it, and a failure is no loss yet."""
         with contextlib.suppress(LedgerUnavailable):
             await self._ledger.checkpoint(invocation.request.id, _usage(invocation, progress))
 
-    async def _discard(self, request_id: str, events: AsyncIterator[TokenEvent]) -> None:
-        self.backend.abort(request_id)
-        async for _ in events:
-            pass
+    async def _discard(self, sequence_ids: Items[str], submitted: Items[AsyncIterator[TokenEvent]]) -> None:
+        """End what was submitted of these sequences, the first ones of them."""
+        for sequence_id, _ in zip(sequence_ids, submitted, strict=False):
+            self.backend.abort(sequence_id)
+        for events in submitted:
+            async for _ in events:
+                pass
 
     def _admission(self, request: Request) -> Admission:
         return Admission(
@@ -461,15 +523,6 @@ def _deadline(invocation: Invocation) -> Iterator[None]:
 
 def _new_replica_id(name: str) -> str:
     return f"{name}-{secrets.token_hex(4)}"
-
-
-def _delta(stream: TextStream, event: TokenEvent) -> Delta:
-    """Return what a token adds; the token that ends an answer has no text of its own, but releases what was held."""
-    assert event.token_id is not None
-    text = "" if event.finish is FinishReason.STOP else stream.push(event.token_id)
-    if event.finish is not None:
-        text += stream.finish()
-    return Delta(text, (event.token_id,))
 
 
 def _usage(invocation: Invocation, progress: _Progress) -> Usage:

@@ -48,13 +48,25 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class Sequence:
-    """Token ids to continue, until a token of ``stop_ids`` or ``max_new_tokens``, whichever comes first."""
+    """Token ids to continue, until a token of ``stop_ids`` or ``max_new_tokens``, whichever comes first.
+
+    Where ``num_top_logprobs`` is given, each token comes with its log probability and those of so many likeliest ones.
+    """
 
     id: str
     prompt_ids: tuple[int, ...]
     max_new_tokens: int
     stop_ids: frozenset[int] = frozenset()
     sampling: SamplingParams = SamplingParams()
+    num_top_logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """How likely the model held a token, before any sampling parameter, and what it held likeliest there."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +81,7 @@ class TokenEvent:
     finish: FinishReason | None = None
     prefill_started_at: float | None = None
     error: str | None = None
+    logprobs: TokenLogprobs | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import queue
 import random
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
-from pilotlight.engine.engine import Engine, Event
+from engine_support import engine_on
+from pilotlight.engine.engine import Engine
 from pilotlight.engine.fake import FakeSession, next_token
-from pilotlight.request import FinishReason, SamplingParams, Sequence, TokenEvent
+from pilotlight.request import FinishReason, SamplingParams, Sequence
 
 VOCAB_SIZE = 100
 
@@ -24,42 +23,6 @@ def expected(prompt: tuple[int, ...], count: int) -> list[int]:
     for _ in range(count):
         tokens.append(next_token(tokens, VOCAB_SIZE))
     return tokens[len(prompt) :]
-
-
-class Log:
-    """Collects the events that an engine emits."""
-
-    def __init__(self) -> None:
-        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self.by_sequence: dict[str, list[TokenEvent]] = {}
-
-    def emit(self, events: list[Event]) -> None:
-        for event in events:
-            self._events.put(event)
-
-    def wait_for_end(self, *names: str) -> None:
-        missing = set(names) - {name for name, events in self.by_sequence.items() if events[-1].finish}
-        while missing:
-            name, event = self._events.get(timeout=20)
-            events = self.by_sequence.setdefault(name, [])
-            assert not (events and events[-1].finish), "an event after the last one"
-            events.append(event)
-            if event.finish:
-                missing.discard(name)
-
-    def tokens(self, name: str) -> list[int]:
-        return [event.token_id for event in self.by_sequence[name] if event.token_id is not None]
-
-
-@contextmanager
-def engine_on(session: FakeSession) -> Iterator[tuple[Engine, Log]]:
-    log = Log()
-    engine = Engine(session, log.emit, max_chunk_tokens=4)
-    engine.start()
-    try:
-        yield engine, log
-    finally:
-        engine.close()
 
 
 def test_random_traffic_gives_every_sequence_its_own_tokens() -> None:

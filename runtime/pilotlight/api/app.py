@@ -22,9 +22,9 @@ from pilotlight.api.intake import Intake, json_response, request_id_of
 from pilotlight.api.metrics import CONTENT_TYPE, Metrics
 from pilotlight.api.objects import Alive, CancelledRequest, ModelList, ModelObject, Ready, model_object
 from pilotlight.api.openai_body import GenerationBody
-from pilotlight.api.openai_chat import CHAT, ChatBody, chat_request
+from pilotlight.api.openai_chat import ChatBody, ChatShape, chat_request
 from pilotlight.api.openai_completion import Shape, stream, whole
-from pilotlight.api.openai_text import TEXT, TextBody, text_request
+from pilotlight.api.openai_text import TextBody, TextShape, text_request
 from pilotlight.api.wire import parse
 from pilotlight.errors import (
     Draining,
@@ -125,11 +125,11 @@ class Api:
 
     async def chat_completions(self, request: Request) -> Response:
         body = parse(await self._intake.read_body(request), ChatBody)
-        return await self._complete(request, body, chat_request(body, request_id_of(request)), CHAT)
+        return await self._complete(request, body, chat_request(body, request_id_of(request)), ChatShape())
 
     async def completions(self, request: Request) -> Response:
         body = parse(await self._intake.read_body(request), TextBody)
-        return await self._complete(request, body, text_request(body, request_id_of(request)), TEXT)
+        return await self._complete(request, body, text_request(body, request_id_of(request)), TextShape())
 
     async def models(self, request: Request) -> Response:
         return json_response(ModelList([model_object(function) for function in self._functions.values()]))

@@ -11,6 +11,7 @@ from msgspec import Meta
 from pilotlight.api.wire import SamplingBody
 
 MAX_STOP_STRINGS = 16
+MAX_CHOICES = 16
 
 Text = Annotated[str, Meta(min_length=1)]
 
@@ -33,9 +34,7 @@ class GenerationBody(SamplingBody, frozen=True, kw_only=True):
         "echo": (False,),
         "function_call": ("none", "auto"),
         "functions": ([],),
-        "logprobs": (False,),
         "modalities": (["text"],),
-        "n": (1,),
         "prediction": (),
         "response_format": ({"type": "text"},),
         "suffix": ("",),
@@ -48,6 +47,7 @@ class GenerationBody(SamplingBody, frozen=True, kw_only=True):
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[int, Meta(ge=1)] | None = None
     stop: Text | Annotated[list[Text], Meta(max_length=MAX_STOP_STRINGS)] | None = None
+    n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
     return_token_ids: bool = False
 
     @property

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 from msgspec import Meta
 
+from pilotlight.answer import Choice, Delta, ToolCall, ToolCallDelta
 from pilotlight.api.openai_body import GenerationBody
-from pilotlight.api.openai_completion import Shape
+from pilotlight.api.openai_logprobs import chat_logprobs
 from pilotlight.errors import InvalidRequest
 from pilotlight.function import Request
 
@@ -34,16 +35,27 @@ class Message(msgspec.Struct, frozen=True, omit_defaults=True):
 class ChatBody(GenerationBody, frozen=True, kw_only=True):
     messages: Annotated[list[Message], Meta(min_length=1)]
     max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+
+    @property
+    def num_top_logprobs(self) -> int | None:
+        """How many of the likeliest tokens come with each token; None where no log probability was asked for."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
 
 def chat_request(body: ChatBody, request_id: str) -> Request:
     """Return the request that a body asks for.
 
     Raises:
-        InvalidRequest: a message has no content, or content other than text.
+        InvalidRequest: a message has no content, or content other than text; or parameters contradict each other.
     """
+    if body.top_logprobs is not None and not body.logprobs:
+        raise InvalidRequest("top_logprobs", "top_logprobs: requires logprobs to be true")
     return Request(
         id=request_id,
+        num_choices=body.n or 1,
+        num_top_logprobs=body.num_top_logprobs,
         messages=[_template_message(message, f"messages[{i}]") for i, message in enumerate(body.messages)],
         max_new_tokens=body.max_completion_tokens or body.max_tokens,
         stop_strings=body.stop_strings,
@@ -80,11 +92,39 @@ def _part_text(part: dict[str, Any], param: str) -> str:
     return str(part["text"])
 
 
-CHAT = Shape(
-    object="chat.completion",
-    chunk_object="chat.completion.chunk",
-    opening={"delta": {"role": "assistant", "content": ""}},
-    piece=lambda text: {"delta": {"content": text}},
-    closing={"delta": {}},
-    whole=lambda text: {"message": {"role": "assistant", "content": text, "refusal": None}},
-)
+class ChatShape:
+    """The wire's ``chat.completion``."""
+
+    object: ClassVar[str] = "chat.completion"
+    chunk_object: ClassVar[str] = "chat.completion.chunk"
+    opening: ClassVar[dict[str, Any] | None] = {"delta": {"role": "assistant", "content": ""}}
+    closing: ClassVar[dict[str, Any]] = {"delta": {}}
+
+    def piece(self, delta: Delta) -> dict[str, Any] | None:
+        fields: dict[str, Any] = {"content": delta.text} if delta.text else {}
+        if delta.tool_calls:
+            fields["tool_calls"] = [_call_chunk(call) for call in delta.tool_calls]
+        if not fields and not delta.logprobs:
+            return None
+        piece: dict[str, Any] = {"delta": fields or {"content": ""}}
+        if delta.logprobs:
+            piece["logprobs"] = chat_logprobs(delta.logprobs)
+        return piece
+
+    def whole(self, choice: Choice) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
+        if choice.tool_calls:
+            message["content"] = choice.text or None
+            message["tool_calls"] = [_call_object(call) for call in choice.tool_calls]
+        return {"message": message, "logprobs": chat_logprobs(choice.logprobs) if choice.logprobs else None}
+
+
+def _call_chunk(call: ToolCallDelta) -> dict[str, Any]:
+    if call.name is None:
+        return {"index": call.index, "function": {"arguments": call.arguments}}
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"index": call.index, "id": call.id, "type": "function", "function": function}
+
+
+def _call_object(call: ToolCall) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import AsyncIterator
+from typing import Any, ClassVar, Protocol
 
+from pilotlight.answer import Choice, Delta
 from pilotlight.api.openai_body import GenerationBody
 from pilotlight.api.sse import DONE, error_frame, frame
 from pilotlight.errors import PilotlightError, RequestCancelled
@@ -14,49 +14,60 @@ from pilotlight.function import Invocation
 from pilotlight.metering.record import UsageRecord
 from pilotlight.request import FinishReason
 
-Choice = dict[str, Any]
+Fields = dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """How an endpoint names its objects and wraps its text."""
+class Shape(Protocol):
+    """How an endpoint names its objects and wraps its choices. One is made for each answer, since it may count."""
 
-    object: str
-    chunk_object: str
-    opening: Choice | None
-    piece: Callable[[str], Choice]
-    closing: Choice
-    whole: Callable[[str], Choice]
+    object: ClassVar[str]
+    chunk_object: ClassVar[str]
+    opening: ClassVar[Fields | None]
+    closing: ClassVar[Fields]
+
+    def piece(self, delta: Delta) -> Fields | None:
+        """Return what a delta adds to a choice; None when that is nothing to show."""
+
+    def whole(self, choice: Choice) -> Fields:
+        """Return a whole choice, without its index and its finish reason."""
 
 
 async def stream(invocation: Invocation, body: GenerationBody, shape: Shape) -> AsyncIterator[bytes]:
-    """Yield SSE frames. The finish reason and the usage come when the usage record is durable.
+    """Yield SSE frames. The finish reasons and the usage come when the usage record is durable.
 
     An error after the first frame becomes one error frame, and the stream ends without its terminator.
     """
     head = _head(invocation, body, shape.chunk_object)
+    choices = range(len(invocation.streams))
+    called: set[int] = set()
 
-    def chunk(choice: Choice, finish_reason: str | None = None) -> bytes:
-        return frame({**head, "choices": [{"index": 0, **choice, "finish_reason": finish_reason}]})
+    def chunk(choice: int, fields: Fields, finish_reason: str | None = None) -> bytes:
+        return frame({**head, "choices": [{"index": choice, **fields, "finish_reason": finish_reason}]})
 
     if shape.opening is not None:
-        yield chunk(shape.opening)
+        for choice in choices:
+            yield chunk(choice, shape.opening)
     try:
         async for delta in invocation:
-            extension = {"token_ids": delta.token_ids} if body.return_token_ids else {}
-            if delta.text or extension:
-                yield chunk({**shape.piece(delta.text), **extension})
+            if delta.tool_calls:
+                called.add(delta.choice)
+            piece = shape.piece(delta)
+            if body.return_token_ids:
+                piece = {**(piece or shape.closing), "token_ids": delta.token_ids}
+            if piece is not None:
+                yield chunk(delta.choice, piece)
         record = _completed(invocation)
     except PilotlightError as error:
         yield error_frame(error)
         return
-    yield chunk(shape.closing, _finish_reason(record))
+    for choice in choices:
+        yield chunk(choice, shape.closing, finish_reason(invocation.finish(choice), choice in called))
     if body.include_usage:
         yield frame({**head, "choices": [], "usage": usage_object(record)})
     yield DONE
 
 
-async def whole(invocation: Invocation, body: GenerationBody, shape: Shape) -> dict[str, Any]:
+async def whole(invocation: Invocation, body: GenerationBody, shape: Shape) -> Fields:
     """Return the completion object, once the usage record is durable.
 
     Raises:
@@ -64,16 +75,13 @@ async def whole(invocation: Invocation, body: GenerationBody, shape: Shape) -> d
         RequestCancelled: the invocation was cancelled.
         LedgerUnavailable: the usage record could not be written.
     """
-    deltas = [delta async for delta in invocation]
+    choices = await invocation.choices()
     record = _completed(invocation)
-    text = "".join(delta.text for delta in deltas)
-    choice = {"index": 0, **shape.whole(text), "finish_reason": _finish_reason(record)}
-    if body.return_token_ids:
-        choice["token_ids"] = [token_id for delta in deltas for token_id in delta.token_ids]
-    return {**_head(invocation, body, shape.object), "choices": [choice], "usage": usage_object(record)}
+    objects = [_choice_object(choice, body, shape) for choice in choices]
+    return {**_head(invocation, body, shape.object), "choices": objects, "usage": usage_object(record)}
 
 
-def usage_object(record: UsageRecord) -> dict[str, Any]:
+def usage_object(record: UsageRecord) -> Fields:
     """Return the ``usage`` of a completion; what OpenAI has no word for travels under ``pilotlight``."""
     return {
         "prompt_tokens": record.prompt_tokens,
@@ -92,7 +100,20 @@ def usage_object(record: UsageRecord) -> dict[str, Any]:
     }
 
 
-def _head(invocation: Invocation, body: GenerationBody, name: str) -> dict[str, Any]:
+def finish_reason(finish: FinishReason, calls_tools: bool) -> str:
+    """Return a choice's reason as clients know it: a deadline is one more limit on the length."""
+    if finish is FinishReason.DEADLINE:
+        return FinishReason.LENGTH
+    return "tool_calls" if calls_tools and finish is FinishReason.STOP else finish
+
+
+def _choice_object(choice: Choice, body: GenerationBody, shape: Shape) -> Fields:
+    reason = finish_reason(choice.finish, bool(choice.tool_calls))
+    extension = {"token_ids": choice.token_ids} if body.return_token_ids else {}
+    return {"index": choice.index, **shape.whole(choice), "finish_reason": reason, **extension}
+
+
+def _head(invocation: Invocation, body: GenerationBody, name: str) -> Fields:
     return {
         "id": invocation.request.id,
         "object": name,
@@ -100,11 +121,6 @@ def _head(invocation: Invocation, body: GenerationBody, name: str) -> dict[str, 
         "model": body.model,
         "system_fingerprint": invocation.function.artifact.digest[7:19],
     }
-
-
-def _finish_reason(record: UsageRecord) -> FinishReason:
-    """Return the reason as clients know it: a deadline is one more limit on the length."""
-    return FinishReason.LENGTH if record.finish_reason is FinishReason.DEADLINE else record.finish_reason
 
 
 def _completed(invocation: Invocation) -> UsageRecord:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, ClassVar
 
 from msgspec import Meta
 
+from pilotlight.answer import Choice, Delta
 from pilotlight.api.openai_body import GenerationBody
-from pilotlight.api.openai_completion import Shape
+from pilotlight.api.openai_logprobs import text_logprobs
 from pilotlight.errors import InvalidRequest
 from pilotlight.function import Request
 
@@ -17,17 +18,23 @@ DEFAULT_MAX_TOKENS = 16
 
 class TextBody(GenerationBody, frozen=True, kw_only=True):
     prompt: str | Annotated[list[int | str | list[int]], Meta(min_length=1)]
+    logprobs: Annotated[int, Meta(ge=0, le=5)] | None = None
+    best_of: Annotated[int, Meta(ge=1)] | None = None
 
 
 def text_request(body: TextBody, request_id: str) -> Request:
     """Return the request that a body asks for.
 
     Raises:
-        InvalidRequest: the prompt is a batch of several prompts.
+        InvalidRequest: the prompt is a batch of several prompts; or ``best_of`` asks for more than ``n``.
     """
     text, token_ids = _prompt(body.prompt)
+    if body.best_of not in (None, body.n or 1):
+        raise InvalidRequest("best_of", "best_of: only the value of n is supported", "unsupported_parameter")
     return Request(
         id=request_id,
+        num_choices=body.n or 1,
+        num_top_logprobs=body.logprobs,
         text=text,
         token_ids=token_ids,
         max_new_tokens=body.max_tokens or DEFAULT_MAX_TOKENS,
@@ -50,11 +57,23 @@ def _prompt(prompt: str | list[int | str | list[int]]) -> tuple[str | None, tupl
     return (only, None) if isinstance(only, str) else (None, tuple(only) if isinstance(only, list) else ids)
 
 
-TEXT = Shape(
-    object="text_completion",
-    chunk_object="text_completion",
-    opening=None,
-    piece=lambda text: {"text": text, "logprobs": None},
-    closing={"text": "", "logprobs": None},
-    whole=lambda text: {"text": text, "logprobs": None},
-)
+class TextShape:
+    """The wire's ``text_completion``."""
+
+    object: ClassVar[str] = "text_completion"
+    chunk_object: ClassVar[str] = "text_completion"
+    opening: ClassVar[dict[str, Any] | None] = None
+    closing: ClassVar[dict[str, Any]] = {"text": "", "logprobs": None}
+
+    def __init__(self) -> None:
+        self._offsets: dict[int, int] = {}
+
+    def piece(self, delta: Delta) -> dict[str, Any] | None:
+        offset = self._offsets.get(delta.choice, 0)
+        self._offsets[delta.choice] = offset + sum(len(logprobs.token.text) for logprobs in delta.logprobs)
+        if not delta.text and not delta.logprobs:
+            return None
+        return {"text": delta.text, "logprobs": text_logprobs(delta.logprobs, offset) if delta.logprobs else None}
+
+    def whole(self, choice: Choice) -> dict[str, Any]:
+        return {"text": choice.text, "logprobs": text_logprobs(choice.logprobs) if choice.logprobs else None}

@@ -10,13 +10,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pilotlight.engine.logprobs import keep_asked, token_logprobs
 from pilotlight.engine.sampler import SamplingRow, sample
 from pilotlight.engine.scheduler import Active, PrefillChunk, Scheduler, StepPlan
 from pilotlight.engine.session import Logits, Session
-from pilotlight.request import FinishReason, Sequence, Signals, TokenEvent
+from pilotlight.request import FinishReason, Sequence, Signals, TokenEvent, TokenLogprobs
 
 Event = tuple[str, TokenEvent]
 Emit = Callable[[list[Event]], None]
+Chosen = tuple[int, TokenLogprobs | None]
+"""A token, and how likely the model held it where that was asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,28 +110,28 @@ class Engine:
         Letting go moves slots, by the number of tokens that each of them holds.
         """
         outcomes = list(zip(plan.decode, self._decode(plan.decode), strict=True)) if plan.decode else []
-        for active, token_id in outcomes:
-            if isinstance(token_id, int):
-                self._scheduler.commit_decode(active, token_id)
+        for active, chosen in outcomes:
+            if not isinstance(chosen, Exception):
+                self._scheduler.commit_decode(active, chosen[0])
         if plan.prefill is not None:
             first = self._prefill(plan.prefill)
             if not isinstance(first, Exception):
-                self._scheduler.commit_prefill(plan.prefill, first)
+                self._scheduler.commit_prefill(plan.prefill, first and first[0])
             if first is not None:
                 outcomes.append((plan.prefill.active, first))
         now = time.monotonic()
-        return [self._event(active, token_id, now) for active, token_id in outcomes]
+        return [self._event(active, chosen, now) for active, chosen in outcomes]
 
-    def _decode(self, actives: tuple[Active, ...]) -> list[int | Exception]:
+    def _decode(self, actives: tuple[Active, ...]) -> list[Chosen | Exception]:
         token_ids = np.array([active.tokens[-1] for active in actives], np.int64)
         past_tokens = np.array([active.num_cached for active in actives], np.int64)
         try:
             logits = self._session.decode(token_ids, past_tokens)
-            return list(self._sample(logits, actives))
+            return [*self._sample(logits, actives)]
         except Exception as error:  # noqa: BLE001 - a failed run must end its sequences, not the engine
             return [error] * len(actives)
 
-    def _prefill(self, chunk: PrefillChunk) -> int | Exception | None:
+    def _prefill(self, chunk: PrefillChunk) -> Chosen | Exception | None:
         active = chunk.active
         self._prefill_started_at.setdefault(active.sequence.id, time.monotonic())
         end = active.num_cached + chunk.num_tokens
@@ -139,10 +142,15 @@ class Engine:
         except Exception as error:  # noqa: BLE001 - as above
             return error
 
-    def _sample(self, logits: Logits, actives: tuple[Active, ...]) -> list[int]:
+    def _sample(self, logits: Logits, actives: tuple[Active, ...]) -> list[Chosen]:
         rows = [self._sampling_row(active, logits.shape[1]) for active in actives]
+        nums_top = [active.sequence.num_top_logprobs for active in actives]
+        kept = keep_asked(logits, nums_top)
         token_ids: list[int] = sample(logits, rows).tolist()
-        return token_ids
+        return [
+            (token_id, None if row is None else token_logprobs(row, token_id, num_top or 0))
+            for token_id, row, num_top in zip(token_ids, kept, nums_top, strict=True)
+        ]
 
     def _sampling_row(self, active: Active, vocab_size: int) -> SamplingRow:
         sequence = active.sequence
@@ -151,12 +159,13 @@ class Engine:
             row = self._sampling[sequence.id] = SamplingRow(sequence.sampling, sequence.prompt_ids, vocab_size)
         return row
 
-    def _event(self, active: Active, token_id: int | Exception, now: float) -> Event:
-        if isinstance(token_id, Exception):
-            failure = f"{type(token_id).__name__}: {token_id}"
+    def _event(self, active: Active, chosen: Chosen | Exception, now: float) -> Event:
+        if isinstance(chosen, Exception):
+            failure = f"{type(chosen).__name__}: {chosen}"
             return self._end(active, TokenEvent(None, now, FinishReason.ERROR, error=failure))
         started_at = self._prefill_started_at[active.sequence.id] if active.num_generated == 1 else None
-        event = TokenEvent(token_id, now, active.finish, started_at)
+        token_id, logprobs = chosen
+        event = TokenEvent(token_id, now, active.finish, started_at, logprobs=logprobs)
         return self._end(active, event) if event.finish else (active.sequence.id, event)
 
     def _end(self, active: Active, event: TokenEvent) -> Event:

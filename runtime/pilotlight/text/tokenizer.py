@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import tokenizers
 
 from pilotlight.artifact import SpecialTokens
 from pilotlight.errors import ArtifactError, InvalidRequest
+from pilotlight.text.token_bytes import TokenBytes
 
 
 class Tokenizer:
@@ -51,6 +53,14 @@ class Tokenizer:
         """Return the text of ``ids`` without special tokens; ids outside the vocabulary have no text."""
         text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
         return text
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the bytes of one token by itself; an id outside the vocabulary has none."""
+        return self._token_bytes.of(token_id)
+
+    @cached_property
+    def _token_bytes(self) -> TokenBytes:
+        return TokenBytes(self._tokenizer)
 
     def special_texts(self, special: SpecialTokens) -> dict[str, str]:
         """Return ``bos_token``, ``eos_token`` and ``pad_token`` as a chat template names them, where there are any.

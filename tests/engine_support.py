@@ -1,0 +1,47 @@
+"""An engine on the fake session, and what it emitted."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pilotlight.engine.engine import Engine, Event
+from pilotlight.engine.fake import FakeSession
+from pilotlight.request import TokenEvent
+
+
+class Log:
+    """Collects the events that an engine emits."""
+
+    def __init__(self) -> None:
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self.by_sequence: dict[str, list[TokenEvent]] = {}
+
+    def emit(self, events: list[Event]) -> None:
+        for event in events:
+            self._events.put(event)
+
+    def wait_for_end(self, *names: str) -> None:
+        missing = set(names) - {name for name, events in self.by_sequence.items() if events[-1].finish}
+        while missing:
+            name, event = self._events.get(timeout=20)
+            events = self.by_sequence.setdefault(name, [])
+            assert not (events and events[-1].finish), "an event after the last one"
+            events.append(event)
+            if event.finish:
+                missing.discard(name)
+
+    def tokens(self, name: str) -> list[int]:
+        return [event.token_id for event in self.by_sequence[name] if event.token_id is not None]
+
+
+@contextmanager
+def engine_on(session: FakeSession) -> Iterator[tuple[Engine, Log]]:
+    log = Log()
+    engine = Engine(session, log.emit, max_chunk_tokens=4)
+    engine.start()
+    try:
+        yield engine, log
+    finally:
+        engine.close()
