@@ -38,6 +38,7 @@ from pilotlight.artifact import (
 from pilotlight.engine.backend import EngineBackend
 from pilotlight.engine.fake import FakeSession, next_token
 from pilotlight.function import Function
+from pilotlight.metering.keyring import Keyring
 from pilotlight.metering.ledger import Ledger
 from pilotlight.metering.prices import PriceTable
 
@@ -117,14 +118,14 @@ async def serving(
     session = session or FakeSession(VOCAB_SIZE)
     backend = EngineBackend(session, max_queued_requests, max_chunk_tokens=8)
     metrics = Metrics()
-    with Ledger(directory / "usage.db") as ledger:
+    with Ledger(directory / "usage.db") as ledger, Keyring(directory / "usage.db") as keyring:
         prices = PriceTable.from_config(PRICES)
         function = Function(
             "toy", artifact, backend, ledger, prices, max_context_tokens=session.max_context_tokens, observer=metrics
         )
         backend.start()
         metrics.watch({"toy": function})
-        app = Api({"toy": function}, ledger, metrics, MAX_BODY_BYTES).app()
+        app = Api({"toy": function}, ledger, metrics, MAX_BODY_BYTES, keyring).app()
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         try:
             async with httpx.AsyncClient(transport=transport, base_url="http://toy") as client:

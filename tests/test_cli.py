@@ -24,6 +24,8 @@ from pilotlight.config import FunctionSettings, HostSettings, Settings
 from pilotlight.engine.backend import EngineBackend
 from pilotlight.engine.fake import FakeSession
 from pilotlight.function import Function
+from pilotlight.metering.keyring import Keyring
+from pilotlight.metering.keys import Limits
 from pilotlight.metering.ledger import Ledger
 from pilotlight.metering.ledger_reader import LedgerReader
 from pilotlight.metering.prices import PriceTable
@@ -40,6 +42,7 @@ COMMANDS = {
     "evaluate": "Find the smallest artifact that is good enough.",
     "inspect": "Describe an artifact and verify its checksums.",
     "usage": "Show what was used and what it cost.",
+    "keys": "Make, list, end and renew API keys.",
 }
 PROGRAM = Path(sys.executable).with_name("pilotlight")
 
@@ -211,9 +214,9 @@ class TestServe:
         assert failure("serve", "--config", "my.toml") == "my.toml: cannot be read (No such file or directory)"
 
     def test_an_address_for_everybody(self) -> None:
-        assert failure("serve", "toy", "--address", "0.0.0.0") == (
-            "environment or option: host.address is '0.0.0.0'; without keys the server listens on loopback only "
-            "(127.0.0.1, ::1, localhost)"
+        assert failure("serve", "toy", "--address", "0.0.0.0", "--port", 0) == (
+            "host.address is '0.0.0.0'; without keys the server listens on loopback only (127.0.0.1, ::1, localhost); "
+            "make a key with: pilotlight keys create"
         )
 
     def test_a_port_that_is_taken(self, toy_artifact: Artifact, taken_port: int, elsewhere: Path) -> None:
@@ -372,6 +375,53 @@ class TestUsage:
         monkeypatch.chdir("/")
         monkeypatch.setenv("PILOTLIGHT_LEDGER", str(ledger))
         assert len(run("usage", "--records", "--json").stdout.splitlines()) == 3
+
+
+class TestKeys:
+    def test_a_token_is_printed_once_and_opens_the_key(self, elsewhere: Path) -> None:
+        created = run("keys", "create", "app", "--function", "toy", "--tokens-per-day", 1000, "--cost-per-month", "2.5")
+        token = created.stdout.strip()
+        assert created.exit_code == 0
+        assert "not shown again" in created.stderr
+        with Keyring(elsewhere / "pilotlight.db") as ring:
+            key = ring.find(token)
+        assert key is not None
+        assert (key.name, key.tenant, key.functions, key.admin) == ("app", "app", ("toy",), False)
+        assert key.limits == Limits(tokens_per_day=1000, micros_per_month=2_500_000)
+        assert token.rpartition("_")[2] not in run("keys", "list").stdout
+
+    def test_keys_are_listed_for_people_and_programs(self) -> None:
+        assert run("keys", "list").stderr == "there are no keys\n"
+        made = json.loads(run("keys", "create", "app", "--tenant", "acme", "--admin", "--json").stdout)
+        (listed,) = [json.loads(line) for line in run("keys", "list", "--json").stdout.splitlines()]
+        assert listed == {name: made[name] for name in made if name != "token"} | {"revoked_at_utc": None}
+        heading, row = run("keys", "list").stdout.splitlines()
+        assert heading.split()[:5] == ["key_id", "name", "tenant", "functions", "admin"]
+        assert row.split()[:5] == [made["key_id"], "app", "acme", "all", "yes"]
+
+    def test_a_key_is_rotated_and_revoked(self, elsewhere: Path) -> None:
+        made = json.loads(run("keys", "create", "app", "--json").stdout)
+        renewed = run("keys", "rotate", made["key_id"], "--grace", "1h").stdout.strip()
+        with Keyring(elsewhere / "pilotlight.db") as ring:
+            assert ring.find(made["token"]) == ring.find(renewed) is not None
+            assert run("keys", "revoke", made["key_id"]).exit_code == 0
+            assert ring.find(made["token"]) is ring.find(renewed) is None
+        assert failure("keys", "rotate", made["key_id"]).startswith(f"the key {made['key_id']!r} was revoked at ")
+        assert failure("keys", "revoke", "none") == "there is no key 'none'"
+
+    @pytest.mark.parametrize(
+        ("options", "problem"),
+        [
+            (["--cost-per-day", "0"], "Invalid value for '--cost-per-day': '0' is not an amount such as 5 or 0.25"),
+            (["--cost-per-day", "1e3"], "Invalid value for '--cost-per-day': '1e3' is not an amount such as 5 or 0.25"),
+            (["--currency", "usd"], "Invalid value for --currency: expected the three letters of a currency, "
+             "such as USD"),
+            (["--max-concurrent", "0"], "Invalid value for '--max-concurrent': 0 is not in the range x>=1."),
+        ],
+    )  # fmt: skip
+    def test_wrong_limits(self, elsewhere: Path, options: list[str], problem: str) -> None:
+        assert wrong_usage("keys", "create", "app", *options) == problem
+        assert [*elsewhere.iterdir()] == []
 
 
 class TestExport:

@@ -18,6 +18,7 @@ COMMANDS = {
     "evaluate": "exporter",
     "inspect": "inspect",
     "usage": "usage",
+    "keys": "keys",
 }
 """Every command in the order of the help, and the module under ``pilotlight.commands`` which defines it by that name.
 

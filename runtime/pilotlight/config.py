@@ -39,7 +39,8 @@ class FunctionSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``[functions.NAME]``: one artifact and how much work it takes at a time.
 
     ``max_context_tokens`` left out means the model's own context, 4,096 at most; ``num_threads`` the machine's cores.
-    ``prices`` are decimal strings, see ``metering.prices``.
+    After ``max_duration_s`` an answer ends as if its length were reached. ``prices`` are decimal strings, see
+    ``metering.prices``.
     """
 
     artifact: str
@@ -48,6 +49,7 @@ class FunctionSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_queued_requests: Annotated[int, Meta(ge=0)] = 64
     max_chunk_tokens: Positive = 128
     num_threads: Positive | None = None
+    max_duration_s: Annotated[float, Meta(gt=0, le=86400)] = 3600.0
     prices: dict[str, str] = {}
 
 
@@ -122,11 +124,6 @@ def _table(value: object, origin: str, name: str) -> dict[str, Any]:
 
 def _host(table: dict[str, Any], origin: str) -> HostSettings:
     host = _parse(table, HostSettings, origin, "host")
-    if host.address not in LOOPBACK:
-        raise ConfigError(
-            f"{origin}: host.address is {host.address!r}; without keys the server listens on loopback only "
-            f"({', '.join(LOOPBACK)})"
-        )
     if not Path(host.ledger).name:
         raise ConfigError(f"{origin}: host.ledger is {host.ledger!r}; expected a file")
     return host

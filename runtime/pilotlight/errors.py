@@ -7,11 +7,14 @@
     ├── RequestError                 the client can mend it: 4xx
     │   ├── InvalidRequest           400, names the parameter
     │   ├── ContextLengthExceeded    400
+    │   ├── InvalidKey               401
+    │   ├── NotPermitted             403
     │   ├── FunctionNotFound         404
     │   ├── RequestNotFound          404
     │   ├── RequestIdInUse           409
     │   ├── RequestCancelled         499
-    │   └── BodyTooLarge             413
+    │   ├── BodyTooLarge             413
+    │   └── LimitExceeded            429, of a key; with Retry-After
     ├── CapacityError                try again later: 503, with Retry-After
     │   ├── QueueFull
     │   ├── LedgerUnavailable
@@ -23,6 +26,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 
@@ -139,6 +143,37 @@ class BodyTooLarge(RequestError):
 
     def __init__(self, max_bytes: int) -> None:
         super().__init__(f"the request body is larger than {max_bytes:,} bytes")
+
+
+class InvalidKey(RequestError):
+    """There is no API key in the request, or none that is valid."""
+
+    status = 401
+    code = "invalid_api_key"
+
+    def __init__(self) -> None:
+        super().__init__("a valid API key is needed, as in: Authorization: Bearer pl_…")
+
+
+class NotPermitted(RequestError):
+    """The key is valid, but not for this."""
+
+    status = 403
+    code = "permission_denied"
+
+
+class LimitExceeded(RequestError):
+    """A limit of the request's key is reached, until ``retry_after_s`` from now. ``headers`` say how the key stands."""
+
+    status = 429
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, type: str, retry_after_s: float, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.type = type
+        self.code = "insufficient_quota" if type == "insufficient_quota" else "rate_limit_exceeded"
+        self.retry_after_s = retry_after_s
+        self.headers = headers or {}
 
 
 class CapacityError(PilotlightError):

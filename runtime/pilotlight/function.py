@@ -32,6 +32,7 @@ from pilotlight.errors import (
     PilotlightError,
     RequestIdInUse,
 )
+from pilotlight.metering.limits import Admitted, Standing
 from pilotlight.metering.prices import PriceTable
 from pilotlight.metering.record import Admission, UsageRecord, final_record, utc_text
 from pilotlight.metering.usage import Timings, Usage
@@ -68,8 +69,8 @@ class Backend(Protocol):
 class UsageLedger(Protocol):
     """Where admissions, checkpoints and records are kept: SQLite on a host, DynamoDB on Lambda."""
 
-    async def admit(self, admission: Admission) -> None:
-        """Open an invocation, whose request id must be new."""
+    async def admit(self, admission: Admission) -> Admitted:
+        """Open an invocation, whose request id must be new, within the limits of its key."""
 
     async def checkpoint(self, request_id: str, usage: Usage) -> None:
         """Note what an open invocation has used so far."""
@@ -111,6 +112,8 @@ class Request:
     sampling: Mapping[str, Any] = field(default_factory=dict)
     received_at: float = field(default_factory=time.monotonic)
     deadline_at: float | None = None
+    tenant: str | None = None
+    key_id: str | None = None
 
     @property
     def prompt_param(self) -> str:
@@ -131,6 +134,10 @@ class Invocation:
         self.record: UsageRecord | None = None
         self.failure: PilotlightError | None = None
         self.expired = False
+        self.cancelled = False
+        self.submitted = False
+        self.standing: Standing | None = None
+        self.task: asyncio.Task[None]
         self.admitted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.function = function
         self.streams = streams
@@ -231,6 +238,7 @@ class Function:
         prices: PriceTable,
         *,
         max_context_tokens: int,
+        max_duration_s: float = 3600.0,
         observer: Observer | None = None,
     ) -> None:
         self.name = name
@@ -238,6 +246,7 @@ class Function:
         self.backend = backend
         self.prices = prices
         self.max_context_tokens = max_context_tokens
+        self.max_duration_s = max_duration_s
         self.created_at_utc = datetime.now(UTC)
         self.replica_id = _new_replica_id(name)
         self._ledger = ledger
@@ -249,8 +258,7 @@ class Function:
         self._stop_ids = frozenset(special_tokens.eos_ids)
         self.cold_start_ms = 0.0
         self._cold_start_to_report_ms = 0.0
-        self._running: dict[str, asyncio.Task[None]] = {}
-        self._invocations: dict[str, Invocation] = {}
+        self._running: dict[str, Invocation] = {}
         self.draining = False
 
     def started(self, cold_start_ms: float) -> None:
@@ -271,6 +279,7 @@ class Function:
             QueueFull: no place is free.
             RequestIdInUse: the ledger holds an invocation of that id.
             LedgerUnavailable: the invocation cannot be metered, so it is not served.
+            LimitExceeded, NotPermitted, InvalidKey: the request's key does not allow it.
             Draining: the function is being closed.
         """
         if self.draining:
@@ -284,11 +293,13 @@ class Function:
             for index, sequence in enumerate(sequences)
         ]
         invocation = Invocation(self, request, len(prompt_ids), streams)
-        events = await self._submit(sequences)
-        task = asyncio.create_task(self._run(invocation, events), name=f"invocation {request.id}")
-        self._running[request.id] = task
-        self._invocations[request.id] = invocation
-        task.add_done_callback(lambda _: self._forget(request.id))
+        # What its key may not do takes no place and wakes nothing; without a key, the admission hardly ever fails, so
+        # the prefill runs while it goes to disk.
+        events = await self._submit(invocation, sequences) if request.key_id is None else None
+        running = self._run(invocation, sequences, events)
+        invocation.task = asyncio.create_task(running, name=f"invocation {request.id}")
+        self._running[request.id] = invocation
+        invocation.task.add_done_callback(lambda _: self._running.pop(request.id, None))
         try:
             await asyncio.shield(invocation.admitted)
         except asyncio.CancelledError:
@@ -300,32 +311,41 @@ class Function:
     def num_running(self) -> int:
         return len(self._running)
 
+    def running(self, request_id: str) -> Invocation | None:
+        """Return the running invocation of that id."""
+        return self._running.get(request_id)
+
     def cancel(self, request_id: str) -> bool:
         """End a running invocation as cancelled; False when there is none of that id."""
-        if (invocation := self._invocations.get(request_id)) is None:
+        if (invocation := self._running.get(request_id)) is None:
             return False
-        for stream in invocation.streams:
-            self.backend.abort(stream.sequence_id)
+        invocation.cancelled = True
+        if invocation.submitted:
+            for stream in invocation.streams:
+                self.backend.abort(stream.sequence_id)
         return True
 
     async def settled(self, request_id: str) -> None:
         """Wait until no invocation of that id runs any more, and its record is written."""
-        if (task := self._running.get(request_id)) is not None:
-            await asyncio.wait([task])
+        if (invocation := self._running.get(request_id)) is not None:
+            await asyncio.wait([invocation.task])
 
     async def drain(self, timeout_s: float) -> None:
         """Take no more requests; give the running ones a while, then cancel them and wait for their records."""
         self.draining = True
         if self._running:
-            await asyncio.wait(self._running.values(), timeout=timeout_s)
+            await asyncio.wait(self._tasks(), timeout=timeout_s)
         for request_id in list(self._running):
             self.cancel(request_id)
-        await asyncio.gather(*self._running.values())
+        await asyncio.gather(*self._tasks())
 
     async def close(self) -> None:
         """End what still runs, with its record, and stop the backend."""
         await self.drain(timeout_s=0)
         await self.backend.close()
+
+    def _tasks(self) -> list[asyncio.Task[None]]:
+        return [invocation.task for invocation in self._running.values()]
 
     async def _prompt_ids(self, request: Request) -> tuple[int, ...]:
         if request.token_ids is not None:
@@ -349,8 +369,9 @@ class Function:
             raise InvalidRequest("prompt", f"token ids must lie between 0 and {vocab_size - 1}")
         return token_ids
 
-    async def _submit(self, sequences: Items[Sequence]) -> list[AsyncIterator[TokenEvent]]:
+    async def _submit(self, invocation: Invocation, sequences: Items[Sequence]) -> list[AsyncIterator[TokenEvent]]:
         """Submit all sequences of a request, or none."""
+        invocation.submitted = True
         submitted: list[AsyncIterator[TokenEvent]] = []
         try:
             for sequence in sequences:
@@ -359,10 +380,6 @@ class Function:
             await self._discard([sequence.id for sequence in sequences], submitted)
             raise
         return submitted
-
-    def _forget(self, request_id: str) -> None:
-        self._running.pop(request_id, None)
-        self._invocations.pop(request_id, None)
 
     def _sequences(self, request: Request, prompt_ids: tuple[int, ...]) -> list[Sequence]:
         """Return one sequence a choice; each draws its own random numbers, the first one those of the seed itself."""
@@ -388,23 +405,35 @@ class Function:
             stop_ids=frozenset() if request.ignore_eos else self._stop_ids,
             sampling=sampling,
             num_top_logprobs=request.num_top_logprobs,
+            tenant=request.tenant,
         )
 
-    async def _run(self, invocation: Invocation, events: Items[AsyncIterator[TokenEvent]]) -> None:
-        """Carry one invocation to its record. The prefill runs while the admission becomes durable."""
+    async def _run(
+        self, invocation: Invocation, sequences: Items[Sequence], events: Items[AsyncIterator[TokenEvent]] | None
+    ) -> None:
+        """Carry one invocation to its record; what was not submitted yet is submitted once it is admitted."""
         request = invocation.request
         cold_start_ms, self._cold_start_to_report_ms = self._cold_start_to_report_ms, 0.0
         progress = _Progress(request.received_at, invocation.submitted_at, cold_start_ms)
-        admission = self._admission(request)
+        admission = self._admission(request, sequences)
         try:
-            await self._ledger.admit(admission)
+            invocation.standing = (await self._ledger.admit(admission)).standing
         except PilotlightError as error:
-            await self._discard([stream.sequence_id for stream in invocation.streams], events)
+            await self._discard([stream.sequence_id for stream in invocation.streams], events or [])
+            invocation.admitted.set_exception(error)
+            return
+        try:
+            if events is None and invocation.cancelled:
+                events = [_cancelled() for _ in sequences]
+            elif events is None:
+                events = await self._submit(invocation, sequences)
+        except PilotlightError as error:
+            await self._reject(admission, progress, error)
             invocation.admitted.set_exception(error)
             return
         invocation.admitted.set_result(None)
         try:
-            with _deadline(invocation):
+            with _deadline(invocation, request.received_at + self.max_duration_s):
                 failure = await self._generate(invocation, events, progress)
             usage = _usage(invocation, progress)
             record = final_record(admission, usage, progress.timings(), progress.finish, progress.stop_detail)
@@ -469,6 +498,13 @@ class Function:
         with contextlib.suppress(LedgerUnavailable):
             await self._ledger.checkpoint(invocation.request.id, _usage(invocation, progress))
 
+    async def _reject(self, admission: Admission, progress: _Progress, cause: PilotlightError) -> None:
+        """End what was admitted and then found no place: free of charge, and its reservation is released."""
+        record = final_record(admission, Usage(), progress.timings(), FinishReason.REJECTED, cause.message)
+        with contextlib.suppress(LedgerUnavailable):
+            await self._ledger.finish(record)
+            self._observer.finished(record)
+
     async def _discard(self, sequence_ids: Items[str], submitted: Items[AsyncIterator[TokenEvent]]) -> None:
         """End what was submitted of these sequences, the first ones of them."""
         for sequence_id, _ in zip(sequence_ids, submitted, strict=False):
@@ -477,7 +513,10 @@ class Function:
             async for _ in events:
                 pass
 
-    def _admission(self, request: Request) -> Admission:
+    def _admission(self, request: Request, sequences: Items[Sequence]) -> Admission:
+        prompt_tokens = len(sequences[0].prompt_ids)
+        max_new_tokens = sum(sequence.max_new_tokens for sequence in sequences)
+        max_busy_ms = round(self.max_duration_s * 1000)
         return Admission(
             request_id=request.id,
             function=self.name,
@@ -487,6 +526,11 @@ class Function:
             replica_id=self.replica_id,
             started_at_utc=utc_text(datetime.now(UTC)),
             prices=self.prices,
+            model=self.artifact.manifest.source.model,
+            tenant=request.tenant,
+            key_id=request.key_id,
+            reserved_tokens=prompt_tokens + max_new_tokens,
+            reserved_micros=self.prices.most_micros(prompt_tokens, max_new_tokens, max_busy_ms),
         )
 
 
@@ -508,17 +552,20 @@ class _Unobserved:
 
 
 @contextlib.contextmanager
-def _deadline(invocation: Invocation) -> Iterator[None]:
-    """Have the invocation expire at its deadline, if it has one and the block is not left before."""
-    if invocation.request.deadline_at is None:
-        yield
-        return
-    left_s = max(0.0, invocation.request.deadline_at - time.monotonic())
+def _deadline(invocation: Invocation, latest_at: float) -> Iterator[None]:
+    """Have the invocation expire at its deadline, ``latest_at`` if it has none, if the block is not left before."""
+    deadline_at = invocation.request.deadline_at
+    left_s = max(0.0, (latest_at if deadline_at is None else min(deadline_at, latest_at)) - time.monotonic())
     timer = asyncio.get_running_loop().call_later(left_s, invocation.expire)
     try:
         yield
     finally:
         timer.cancel()
+
+
+async def _cancelled() -> AsyncIterator[TokenEvent]:
+    """Yield the end of a sequence that was cancelled before it was submitted."""
+    yield TokenEvent(None, time.monotonic(), FinishReason.CANCELLED)
 
 
 def _new_replica_id(name: str) -> str:

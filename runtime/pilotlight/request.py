@@ -59,6 +59,7 @@ class Sequence:
     stop_ids: frozenset[int] = frozenset()
     sampling: SamplingParams = SamplingParams()
     num_top_logprobs: int | None = None
+    tenant: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from fake_runtime_api import fake_runtime_api
 from pilotlight.artifact import Artifact
 from pilotlight.errors import ConfigError, LedgerUnavailable, RequestIdInUse, RequestNotFound
 from pilotlight.metering.dynamodb_ledger import DynamoDbLedger
+from pilotlight.metering.limits import Admitted
 from pilotlight.metering.prices import PriceTable
 from pilotlight.metering.record import CRASH_DETAIL, Admission, UsageRecord, final_record
 from pilotlight.metering.usage import Timings, Usage
@@ -103,8 +104,8 @@ def test_an_id_is_admitted_once_whoever_asks(client: Any) -> None:
     async def scenario() -> None:
         ledgers = [open_ledger(f"sandbox-{number}") for number in range(8)]
         admissions = [ledger.admit(admission("a", f"replica-{n}")) for n, ledger in enumerate(ledgers)]
-        outcomes = await asyncio.gather(*admissions, return_exceptions=True)
-        assert outcomes.count(None) == 1
+        outcomes: list[object] = [*await asyncio.gather(*admissions, return_exceptions=True)]
+        assert outcomes.count(Admitted()) == 1
         assert sum(isinstance(outcome, RequestIdInUse) for outcome in outcomes) == 7
 
     asyncio.run(scenario())

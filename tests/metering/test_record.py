@@ -10,7 +10,7 @@ import pytest
 from hatchling.builders.wheel import WheelBuilder
 
 from pilotlight.metering.prices import PriceTable
-from pilotlight.metering.record import SCHEMA_VERSION, Admission, UsageRecord, final_record, utc_text
+from pilotlight.metering.record import SCHEMA_VERSION, Admission, Capacity, UsageRecord, final_record, utc_text
 from pilotlight.metering.usage import Timings, Usage
 from pilotlight.request import FinishReason
 
@@ -25,13 +25,28 @@ ADMISSION = Admission(
     provider="cpu",
     replica_id="replica-1",
     started_at_utc="2026-11-22T10:00:00.000000Z",
+    model="org/model",
+    capacity=Capacity.SPOT,
+    attempt=2,
+    tenant="acme",
+    key_id="0123456789abcdef",
+    idempotency_key="order-7",
+    reserved_tokens=20,
+    reserved_micros=7,
     prices=PriceTable.from_config({"id": "autumn", "currency": "EUR", "completion_per_million_tokens": "2"}),
 )
 
 
 def test_a_record_holds_what_was_admitted_used_timed_and_charged() -> None:
     usage = Usage(
-        prompt_tokens=5, cached_tokens=1, completion_tokens=3, delivered_tokens=2, recomputed_tokens=4, busy_ms=7
+        prompt_tokens=5,
+        cached_tokens=1,
+        completion_tokens=3,
+        delivered_tokens=2,
+        recomputed_tokens=4,
+        busy_ms=7,
+        reasoning_tokens=1,
+        migrations=2,
     )
     timings = Timings(queue_ms=1, cold_start_ms=2, prefill_ms=3, ttft_ms=4, decode_ms=5, total_ms=15)
     record = final_record(ADMISSION, usage, timings, FinishReason.STOP, "\n\n")
@@ -39,20 +54,27 @@ def test_a_record_holds_what_was_admitted_used_timed_and_charged() -> None:
         "schema_version": SCHEMA_VERSION,
         "event_id": record.event_id,
         "request_id": "req-1",
-        "attempt": 1,
+        "attempt": 2,
         "function": "demo",
         "artifact_digest": "sha256:1",
         "precision": "int4",
         "provider": "cpu",
         "replica_id": "replica-1",
-        "tenant": None,
-        "key_id": None,
+        "model": "org/model",
+        "capacity": "spot",
+        "tenant": "acme",
+        "key_id": "0123456789abcdef",
+        "idempotency_key": "order-7",
+        "reserved_tokens": 20,
+        "reserved_micros": 7,
         "started_at_utc": "2026-11-22T10:00:00.000000Z",
         "prompt_tokens": 5,
         "cached_tokens": 1,
         "completion_tokens": 3,
         "delivered_tokens": 2,
         "recomputed_tokens": 4,
+        "reasoning_tokens": 1,
+        "migrations": 2,
         "queue_ms": 1,
         "cold_start_ms": 2,
         "prefill_ms": 3,
@@ -66,6 +88,33 @@ def test_a_record_holds_what_was_admitted_used_timed_and_charged() -> None:
         "cost_micros": 6,
         "currency": "EUR",
     }
+
+
+@pytest.mark.parametrize(
+    ("finish_reason", "reserved_micros", "cost_micros"),
+    [
+        (FinishReason.STOP, None, 6),
+        (FinishReason.STOP, 6, 6),
+        (FinishReason.STOP, 5, 5),
+        (FinishReason.CRASHED, 7, 6),
+        (FinishReason.REJECTED, 7, 0),
+    ],
+)
+def test_nothing_costs_more_than_was_reserved_and_what_never_ran_costs_nothing(
+    finish_reason: FinishReason, reserved_micros: int | None, cost_micros: int
+) -> None:
+    admission = msgspec.structs.replace(ADMISSION, reserved_micros=reserved_micros)
+    assert final_record(admission, Usage(completion_tokens=3), Timings(), finish_reason).cost_micros == cost_micros
+
+
+def test_a_record_of_version_1_can_still_be_read() -> None:
+    record = final_record(ADMISSION, Usage(), Timings(), FinishReason.STOP)
+    fields = msgspec.to_builtins(record) | {"schema_version": 1}
+    for name in ("model", "capacity", "idempotency_key", "reserved_tokens", "reserved_micros", "migrations"):
+        del fields[name]
+    del fields["reasoning_tokens"]
+    old = msgspec.json.decode(json.dumps(fields), type=UsageRecord)
+    assert (old.schema_version, old.capacity, old.reserved_tokens) == (1, Capacity.ON_DEMAND, None)
 
 
 def test_every_record_is_an_event_of_its_own() -> None:

@@ -17,6 +17,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pilotlight.api import errors
+from pilotlight.api.auth import Doorkeeper, caller_of
 from pilotlight.api.endpoint import ANY, GENERATION, Endpoint, routes
 from pilotlight.api.intake import Intake, json_response, request_id_of
 from pilotlight.api.metrics import CONTENT_TYPE, Metrics
@@ -36,6 +37,7 @@ from pilotlight.errors import (
 )
 from pilotlight.function import Function, UsageLedger
 from pilotlight.function import Request as FunctionRequest
+from pilotlight.metering.keyring import Keyring
 from pilotlight.metering.record import UsageRecord
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -45,12 +47,18 @@ class Api:
     """The endpoints, over the functions that this process serves."""
 
     def __init__(
-        self, functions: Mapping[str, Function], ledger: UsageLedger, metrics: Metrics, max_body_bytes: int
+        self,
+        functions: Mapping[str, Function],
+        ledger: UsageLedger,
+        metrics: Metrics,
+        max_body_bytes: int,
+        keyring: Keyring | None = None,
     ) -> None:
         self._intake = Intake(functions, max_body_bytes)
         self._functions = functions
         self._ledger = ledger
         self._metrics = metrics
+        self._keyring = keyring
 
     def app(self) -> Starlette:
         app = Starlette(
@@ -61,7 +69,8 @@ class Api:
                 Exception: errors.on_unexpected_error,
             },
         )
-        app.add_middleware(RequestIds)
+        app.add_middleware(Doorkeeper, keyring=self._keyring)
+        app.add_middleware(RequestIds)  # the last one added is the first one called
         return app
 
     def endpoints(self) -> list[Endpoint]:
@@ -132,22 +141,28 @@ class Api:
         return await self._complete(request, body, text_request(body, request_id_of(request)), TextShape())
 
     async def models(self, request: Request) -> Response:
-        return json_response(ModelList([model_object(function) for function in self._functions.values()]))
+        caller = caller_of(request)
+        allowed = [function for function in self._functions.values() if caller.may_call(function.name)]
+        return json_response(ModelList([model_object(function) for function in allowed]))
 
     async def model(self, request: Request) -> Response:
-        return json_response(model_object(self._intake.function(request.path_params["name"])))
+        return json_response(model_object(self._intake.function(request.path_params["name"], caller_of(request))))
 
     async def usage(self, request: Request) -> Response:
         request_id = request.path_params["request_id"]
         record = await asyncio.to_thread(self._ledger.get, request_id)
-        if record is None:
+        if record is None or not caller_of(request).may_see(record.key_id):
             raise RequestNotFound(f"there is no usage record of a request {request_id!r}")
         return json_response(record)
 
     async def cancel(self, request: Request) -> Response:
         request_id = request.path_params["request_id"]
-        if not any(function.cancel(request_id) for function in self._functions.values()):
+        running = [function.running(request_id) for function in self._functions.values()]
+        found = [i for i in running if i is not None and caller_of(request).may_see(i.request.key_id)]
+        if not found:
             raise RequestNotFound(f"no request {request_id!r} is running")
+        for invocation in found:
+            invocation.cancel()
         return json_response(CancelledRequest(request_id))
 
     async def livez(self, request: Request) -> Response:
@@ -156,7 +171,8 @@ class Api:
     async def readyz(self, request: Request) -> Response:
         if any(function.draining for function in self._functions.values()):
             raise Draining
-        return json_response(Ready(sorted(self._functions)))
+        caller = caller_of(request)
+        return json_response(Ready(sorted(name for name in self._functions if caller.may_call(name))))
 
     async def metrics(self, request: Request) -> Response:
         return Response(self._metrics.render(), headers={"content-type": CONTENT_TYPE})

@@ -17,22 +17,28 @@ from pilotlight.errors import (
     ContextLengthExceeded,
     EngineError,
     FunctionNotFound,
+    InvalidKey,
     InvalidRequest,
+    LimitExceeded,
+    NotPermitted,
     PilotlightError,
     RequestCancelled,
     RequestIdInUse,
 )
 
-ANY = (InvalidRequest, EngineError)
-"""A malformed ``x-request-id``, and a defect of ours, are possible everywhere."""
+ANY = (InvalidRequest, InvalidKey, EngineError)
+"""A malformed ``x-request-id``, a missing API key, and a defect of ours, are possible everywhere."""
 
 GENERATION = (
     InvalidRequest,
     ContextLengthExceeded,
+    InvalidKey,
+    NotPermitted,
     FunctionNotFound,
     RequestIdInUse,
     RequestCancelled,
     BodyTooLarge,
+    LimitExceeded,
     CapacityError,
     EngineError,
 )

@@ -10,9 +10,12 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from pilotlight.errors import CapacityError, EngineError, PilotlightError, RequestIdInUse
+from pilotlight.errors import CapacityError, EngineError, InvalidKey, LimitExceeded, PilotlightError, RequestIdInUse
 
 logger = logging.getLogger("pilotlight.api")
+
+MAX_RETRY_S = 60
+"""The SDKs retry 429 by themselves; whoever has to wait for longer than that should be told at once."""
 
 
 def error_body(error: PilotlightError) -> bytes:
@@ -23,8 +26,14 @@ def error_body(error: PilotlightError) -> bytes:
 
 def error_response(error: PilotlightError) -> Response:
     headers = {}
-    if isinstance(error, CapacityError):
+    if isinstance(error, CapacityError | LimitExceeded):
         headers["retry-after"] = str(math.ceil(error.retry_after_s))
+    if isinstance(error, LimitExceeded):
+        headers |= error.headers
+        if error.retry_after_s > MAX_RETRY_S:
+            headers["x-should-retry"] = "false"
+    if isinstance(error, InvalidKey):
+        headers["www-authenticate"] = "Bearer"
     if isinstance(error, EngineError | RequestIdInUse):
         # The SDKs retry 409 and 500 by themselves; these were billed, or would fail the same way.
         headers["x-should-retry"] = "false"

@@ -9,9 +9,10 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from pilotlight.api.auth import Caller, caller_of
 from pilotlight.api.sse import EventStream, cancelled_on_disconnect
 from pilotlight.api.wire import SamplingBody
-from pilotlight.errors import BodyTooLarge, FunctionNotFound
+from pilotlight.errors import BodyTooLarge, FunctionNotFound, NotPermitted
 from pilotlight.function import Function, Invocation
 from pilotlight.function import Request as FunctionRequest
 
@@ -23,9 +24,11 @@ class Intake:
         self.functions = functions
         self._max_body_bytes = max_body_bytes
 
-    def function(self, name: str) -> Function:
+    def function(self, name: str, caller: Caller) -> Function:
         if name not in self.functions:
-            raise FunctionNotFound(name, list(self.functions))
+            raise FunctionNotFound(name, [other for other in self.functions if caller.may_call(other)])
+        if not caller.may_call(name):
+            raise NotPermitted(f"this API key may not call {name!r}")
         return self.functions[name]
 
     async def read_body(self, request: Request) -> bytes:
@@ -46,12 +49,19 @@ class Intake:
         whole: Callable[[Invocation], Awaitable[object]],
     ) -> Response:
         """Run what a body asks for, and answer with its frames as they come or with one object when it is complete."""
-        timed = dataclasses.replace(asked, deadline_at=getattr(request.state, "deadline_at", None))
-        invocation = await self.function(body.model).invoke(timed)
+        caller = caller_of(request)
+        deadline_at = getattr(request.state, "deadline_at", None)
+        whose = dataclasses.replace(asked, deadline_at=deadline_at, tenant=caller.tenant, key_id=caller.key_id)
+        invocation = await self.function(body.model, caller).invoke(whose)
+        response: Response
         if body.stream:
-            return EventStream(invocation, stream(invocation))
-        async with cancelled_on_disconnect(invocation, request.receive):
-            return json_response(await whole(invocation))
+            response = EventStream(invocation, stream(invocation))
+        else:
+            async with cancelled_on_disconnect(invocation, request.receive):
+                response = json_response(await whole(invocation))
+        if invocation.standing is not None:
+            response.headers.update(invocation.standing.headers())
+        return response
 
 
 def request_id_of(request: Request) -> str:

@@ -36,7 +36,14 @@ def open_function(
     session = OnnxSession(artifact, settings.num_slots, max_context_tokens, num_threads, cache_dir)
     backend = EngineBackend(session, settings.max_queued_requests, settings.max_chunk_tokens)
     function = Function(
-        name, artifact, backend, ledger, prices, max_context_tokens=max_context_tokens, observer=observer
+        name,
+        artifact,
+        backend,
+        ledger,
+        prices,
+        max_context_tokens=max_context_tokens,
+        max_duration_s=settings.max_duration_s,
+        observer=observer,
     )
     backend.start()
     function.started(_process_age_ms())

@@ -14,10 +14,11 @@ import uvicorn
 
 from pilotlight.api.app import Api
 from pilotlight.api.metrics import Metrics
-from pilotlight.config import HostSettings, Settings
+from pilotlight.config import LOOPBACK, HostSettings, Settings
 from pilotlight.errors import ConfigError
 from pilotlight.function import Function
 from pilotlight.host.inprocess import open_function
+from pilotlight.metering.keyring import Keyring
 from pilotlight.metering.ledger import Ledger
 
 BACKLOG = 2048
@@ -39,14 +40,16 @@ def run(settings: Settings, on_ready: OnReady) -> None:
 
 async def _serve(settings: Settings, on_ready: OnReady) -> None:
     # the port first: a start in vain should not load a model
-    with _bind(settings.host) as listener, Ledger(Path(settings.host.ledger)) as ledger:
+    path = Path(settings.host.ledger)
+    with _bind(settings.host) as listener, Ledger(path) as ledger, Keyring(path) as keyring:
+        _check_is_guarded(settings.host, keyring)
         metrics = Metrics()
         functions: dict[str, Function] = {}
         try:
             for name, of_function in settings.functions.items():
                 functions[name] = open_function(name, of_function, settings.host, ledger, metrics)
             metrics.watch(functions)
-            app = Api(functions, ledger, metrics, settings.host.max_body_bytes).app()
+            app = Api(functions, ledger, metrics, settings.host.max_body_bytes, keyring).app()
             on_ready(_url(listener, settings.host.address), functions)
             await _Server(app, functions, settings.host.drain_timeout_s).serve(sockets=[listener])
         finally:
@@ -82,6 +85,14 @@ class _Server(uvicorn.Server):
         drains = asyncio.gather(*(function.drain(self._drain_timeout_s) for function in self._functions.values()))
         await super().shutdown(sockets)
         await drains
+
+
+def _check_is_guarded(host: HostSettings, keyring: Keyring) -> None:
+    if host.address not in LOOPBACK and not keyring.usable:
+        raise ConfigError(
+            f"host.address is {host.address!r}; without keys the server listens on loopback only "
+            f"({', '.join(LOOPBACK)}); make a key with: pilotlight keys create"
+        )
 
 
 def _bind(host: HostSettings) -> socket.socket:

@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 
 from pilotlight.errors import ConfigError, LedgerUnavailable, PilotlightError, RequestIdInUse, RequestNotFound
+from pilotlight.metering.limits import Admitted
 from pilotlight.metering.record import Admission, UsageRecord, crashed_record
 from pilotlight.metering.usage import Usage
 
@@ -62,8 +63,8 @@ class DynamoDbLedger:
         self._client = _new_client()
         self._close_crashed()
 
-    async def admit(self, admission: Admission) -> None:
-        """Open an invocation.
+    async def admit(self, admission: Admission) -> Admitted:
+        """Open an invocation. There are no keys on Lambda: the platform's own authorization decides who may call.
 
         Raises:
             RequestIdInUse: the table holds the request id already.
@@ -80,6 +81,7 @@ class DynamoDbLedger:
         held = await self._write(self._client.put_item, Item=item, ConditionExpression=_IS_NEW)
         if held is not None and held.get("admission") != item["admission"]:
             raise RequestIdInUse(admission.request_id)
+        return Admitted()
 
     async def checkpoint(self, request_id: str, usage: Usage) -> None:
         """Record what an open invocation has used so far, for the case of a crash.

@@ -17,11 +17,13 @@ import msgspec
 from pilotlight.errors import ConfigError, PilotlightError, RequestIdInUse, RequestNotFound
 from pilotlight.metering.group_commit import GroupCommit
 from pilotlight.metering.ledger_reader import LedgerReader
+from pilotlight.metering.limits import Admitted, Standing, reserve, settle
 from pilotlight.metering.record import Admission, UsageRecord, crashed_record
 from pilotlight.metering.schema import connect_writer
 from pilotlight.metering.usage import Usage
 
-_ADMIT = "INSERT INTO invocations (request_id, admission) VALUES (?, ?) ON CONFLICT (request_id) DO NOTHING"
+_IS_KNOWN = "SELECT 1 FROM invocations WHERE request_id = ?"
+_ADMIT = "INSERT INTO invocations (request_id, admission) VALUES (?, ?)"
 _CHECKPOINT = "UPDATE invocations SET usage = ? WHERE request_id = ? AND record IS NULL"
 _FINISH = "UPDATE invocations SET record = ? WHERE request_id = ? AND record IS NULL"
 _IS_FINISHED = "SELECT 1 FROM invocations WHERE request_id = ? AND event_id = ?"
@@ -56,20 +58,30 @@ class Ledger:
             opened.pop_all()
         self._lock: int | None = lock
 
-    async def admit(self, admission: Admission) -> None:
-        """Open an invocation.
+    async def admit(self, admission: Admission) -> Admitted:
+        """Open an invocation, and reserve what it could use within the limits of its key, if it has one.
 
         Raises:
             RequestIdInUse: the ledger holds the request id already.
+            LimitExceeded, InvalidRequest, NotPermitted, InvalidKey: the key does not allow it.
             LedgerUnavailable: nothing was written.
         """
-        row = (admission.request_id, _json(admission))
+        standing: Standing | None = None
 
         def apply(connection: sqlite3.Connection) -> PilotlightError | None:
-            admitted = connection.execute(_ADMIT, row).rowcount == 1
-            return None if admitted else RequestIdInUse(admission.request_id)
+            nonlocal standing
+            if connection.execute(_IS_KNOWN, (admission.request_id,)).fetchone():
+                return RequestIdInUse(admission.request_id)
+            if admission.key_id is not None:
+                outcome = reserve(connection, admission)
+                if isinstance(outcome, PilotlightError):
+                    return outcome
+                standing = outcome
+            connection.execute(_ADMIT, (admission.request_id, _json(admission)))
+            return None
 
         await self._commits.write(apply)
+        return Admitted(standing)
 
     async def checkpoint(self, request_id: str, usage: Usage) -> None:
         """Record what an open invocation has used so far, for the case of a crash.
@@ -92,10 +104,9 @@ class Ledger:
             RequestNotFound: no open invocation has that id, or it ended by another record.
             LedgerUnavailable: the record may not have been written; try again.
         """
-        row = (_json(record), record.request_id)
 
         def apply(connection: sqlite3.Connection) -> PilotlightError | None:
-            if connection.execute(_FINISH, row).rowcount == 1:
+            if _end(connection, record):
                 return None
             same = connection.execute(_IS_FINISHED, (record.request_id, record.event_id)).fetchone()
             return None if same else _not_open(record.request_id)
@@ -148,16 +159,19 @@ def _try_alone(lock: int) -> bool:
 def _close_crashed(connection: sqlite3.Connection, path: Path) -> None:
     try:
         connection.execute("BEGIN IMMEDIATE")
-        rows = [_crashed_row(*row) for row in connection.execute(_OPEN)]
-        connection.executemany(_FINISH, rows)
+        for admission, usage in connection.execute(_OPEN).fetchall():
+            _end(connection, crashed_record(admission, usage))
         connection.execute("COMMIT")
     except (sqlite3.Error, msgspec.DecodeError) as error:
         raise ConfigError(f"{path}: what a crash left open cannot be closed ({error})") from error
 
 
-def _crashed_row(admission: str, usage: str | None) -> tuple[str, str]:
-    record = crashed_record(admission, usage)
-    return _json(record), record.request_id
+def _end(connection: sqlite3.Connection, record: UsageRecord) -> bool:
+    """End an open invocation and settle with its key; False when it is not open."""
+    if connection.execute(_FINISH, (_json(record), record.request_id)).rowcount == 0:
+        return False
+    settle(connection, record)
+    return True
 
 
 def _not_open(request_id: str) -> RequestNotFound:

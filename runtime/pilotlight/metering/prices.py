@@ -61,6 +61,20 @@ class PriceTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
         )
         return msgspec.structs.replace(table, id=_id(prices.get("id"), table, f"{where}.id"))
 
+    def most_micros(self, prompt_tokens: int, max_new_tokens: int, max_busy_ms: int) -> int:
+        """Return the most that an invocation can cost, whichever part of its prompt turns out to be cached."""
+        dearest = Usage(
+            prompt_tokens=prompt_tokens,
+            cached_tokens=0 if self._cache_is_cheaper else prompt_tokens,
+            completion_tokens=max_new_tokens,
+            busy_ms=max_busy_ms,
+        )
+        return self.cost_micros(dearest)
+
+    @property
+    def _cache_is_cheaper(self) -> bool:
+        return self.cached_prompt_micros_per_million_tokens <= self.prompt_micros_per_million_tokens
+
     def cost_micros(self, usage: Usage) -> int:
         """Return what ``usage`` costs. The parts are added exactly and rounded once, a half upwards."""
         millionths = (

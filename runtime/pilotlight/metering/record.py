@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from datetime import UTC, datetime
+from enum import StrEnum
 
 import msgspec
 
@@ -11,12 +12,22 @@ from pilotlight.metering.prices import PriceTable
 from pilotlight.metering.usage import Timings, Usage
 from pilotlight.request import FinishReason
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 CRASH_DETAIL = "the process ended before the invocation did"
 
 
+class Capacity(StrEnum):
+    """How the machine is paid for."""
+
+    ON_DEMAND = "on_demand"
+    SPOT = "spot"
+
+
 class Admission(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What is known of an invocation before its first token, and enough to close it after a crash."""
+    """What is known of an invocation before its first token, and enough to close it after a crash.
+
+    ``model`` is the artifact's source. What is reserved is the most that the invocation can use and cost.
+    """
 
     request_id: str
     function: str
@@ -26,16 +37,22 @@ class Admission(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     replica_id: str
     started_at_utc: str
     prices: PriceTable
+    model: str | None = None
+    capacity: Capacity = Capacity.ON_DEMAND
     attempt: int = 1
     tenant: str | None = None
     key_id: str | None = None
+    idempotency_key: str | None = None
+    reserved_tokens: int | None = None
+    reserved_micros: int | None = None
 
 
 class UsageRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One invocation, finished. ``usage_record.schema.json`` describes its JSON form.
 
     ``event_id`` names this record wherever it is sent; ``cost_micros`` is in millionths of ``currency``, by the price
-    table ``price_table_id``. The other fields are those of ``Admission``, ``Usage`` and ``Timings``.
+    table ``price_table_id``, and never more than was reserved. The other fields are those of ``Admission``, ``Usage``
+    and ``Timings``. Those with a default are missing in records of version 1.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -67,6 +84,13 @@ class UsageRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     price_table_id: str
     cost_micros: int
     currency: str
+    model: str | None = None
+    capacity: Capacity = Capacity.ON_DEMAND
+    idempotency_key: str | None = None
+    reserved_tokens: int | None = None
+    reserved_micros: int | None = None
+    reasoning_tokens: int = 0
+    migrations: int = 0
 
 
 def final_record(
@@ -87,12 +111,20 @@ def final_record(
         finish_reason=finish_reason,
         stop_detail=stop_detail,
         price_table_id=prices.id,
-        cost_micros=prices.cost_micros(usage),
+        cost_micros=_cost_micros(prices, usage, finish_reason, admission.reserved_micros),
         currency=prices.currency,
         **fields,
         **msgspec.structs.asdict(usage),
         **msgspec.structs.asdict(timings),
     )
+
+
+def _cost_micros(prices: PriceTable, usage: Usage, finish_reason: FinishReason, reserved_micros: int | None) -> int:
+    """Return the price of an invocation; one that never ran is free, and none costs more than was reserved for it."""
+    if finish_reason is FinishReason.REJECTED:
+        return 0
+    cost_micros = prices.cost_micros(usage)
+    return cost_micros if reserved_micros is None else min(cost_micros, reserved_micros)
 
 
 def crashed_record(admission: str | bytes, usage: str | bytes | None) -> UsageRecord:

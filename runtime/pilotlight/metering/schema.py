@@ -1,8 +1,8 @@
-"""The ledger's table, and how a database is opened to write or to read it.
+"""The ledger's tables, and how a database is opened to write or to read it.
 
-One row is one invocation, so a request id that is unique among rows is unique among admissions and records alike. An
-open invocation has no ``record``. The columns after it are extracted from the record by SQLite, so they cannot disagree
-with it.
+One row of ``invocations`` is one invocation, so a request id that is unique among rows is unique among admissions and
+records alike. An open invocation has no ``record``. The columns after it are extracted from the record by SQLite, so
+they cannot disagree with it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from pathlib import Path
 
 from pilotlight.errors import ConfigError, StartupError
 
-LEDGER_VERSION = 1
 LOCK_TIMEOUT_S = 10
 """How long a transaction waits for one of another process."""
 
@@ -36,6 +35,40 @@ CREATE TABLE invocations (
 """
 _OPEN_INDEX = "CREATE INDEX open_invocations ON invocations (number) WHERE record IS NULL"
 _RECORD_INDEX = "CREATE INDEX records ON invocations (function, started_at_utc) WHERE record IS NOT NULL"
+
+_KEYS = """
+CREATE TABLE keys (
+    key_id TEXT PRIMARY KEY,
+    key TEXT NOT NULL,
+    revoked_at_utc TEXT
+) STRICT, WITHOUT ROWID
+"""
+_KEY_SECRETS = """
+CREATE TABLE key_secrets (
+    key_id TEXT NOT NULL REFERENCES keys,
+    salt BLOB NOT NULL,
+    hash BLOB NOT NULL,
+    expires_at_utc TEXT,
+    PRIMARY KEY (key_id, salt)
+) STRICT, WITHOUT ROWID
+"""
+_KEY_USE = """
+CREATE TABLE key_use (
+    key_id TEXT NOT NULL,
+    period TEXT NOT NULL,
+    num_requests INTEGER NOT NULL,
+    num_tokens INTEGER NOT NULL,
+    micros INTEGER NOT NULL,
+    PRIMARY KEY (key_id, period)
+) STRICT, WITHOUT ROWID
+"""
+
+MIGRATIONS = (
+    (_TABLE, _OPEN_INDEX, _RECORD_INDEX),
+    (_KEYS, _KEY_SECRETS, _KEY_USE),
+)
+"""What makes each version of the ledger out of the one before it."""
+LEDGER_VERSION = len(MIGRATIONS)
 
 
 def connect_writer(path: Path) -> sqlite3.Connection:
@@ -79,8 +112,11 @@ def _connect(path: Path, mode: str, check: Callable[[sqlite3.Connection, Path], 
 
 
 def _check_is_ledger(connection: sqlite3.Connection, path: Path) -> None:
-    if _version(connection, path) == 0:
+    version = _version(connection, path)
+    if version == 0:
         raise ConfigError(f"{path}: is not a usage ledger")
+    if version < LEDGER_VERSION:  # written before an update, and not opened to write since then
+        connect_writer(path).close()
 
 
 def _prepare(connection: sqlite3.Connection, path: Path) -> None:
@@ -88,9 +124,10 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
         raise ConfigError(f"{path}: cannot be a usage ledger, because its file system has no shared memory for SQLite")
     connection.execute("PRAGMA synchronous = FULL")
     connection.execute("BEGIN IMMEDIATE")
-    if _version(connection, path) == 0:
-        for statement in (_TABLE, _OPEN_INDEX, _RECORD_INDEX, f"PRAGMA user_version = {LEDGER_VERSION}"):
+    for statements in MIGRATIONS[_version(connection, path) :]:
+        for statement in statements:
             connection.execute(statement)
+    connection.execute(f"PRAGMA user_version = {LEDGER_VERSION}")
     connection.execute("COMMIT")
 
 

@@ -10,7 +10,8 @@ class Usage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     ``cached_tokens`` are those of ``prompt_tokens`` which were not computed again. ``delivered_tokens`` of the
     ``completion_tokens`` reached the client. ``recomputed_tokens`` were computed again after a preemption or a move and
-    are not charged. ``busy_ms`` is the time in prefill and decode.
+    are not charged, and ``migrations`` counts such moves. ``reasoning_tokens`` are part of the ``completion_tokens``.
+    ``busy_ms`` is the time in prefill and decode.
     """
 
     prompt_tokens: int = 0
@@ -19,6 +20,8 @@ class Usage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     delivered_tokens: int = 0
     recomputed_tokens: int = 0
     busy_ms: int = 0
+    reasoning_tokens: int = 0
+    migrations: int = 0
 
 
 class Timings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
