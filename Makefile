@@ -31,7 +31,7 @@ export: $(VENV)/ready  ## make export MODEL=<hub id or directory> [REVISION=...]
 	@test -n "$(MODEL)" || { echo "make export: name a model, as in: make export MODEL=$(DEMO_MODEL)" >&2; exit 2; }
 	@$(BIN)/pilotlight export "$(MODEL)" --precision $(PRECISION) $(if $(REVISION),--revision "$(REVISION)") $(if $(OUT),--out "$(OUT)")
 
-bench: $(VENV)/ready  ## measure speed beside llama-server, where one is on the path (BENCH_ARGS="--llama-server ... --rounds 5")
+bench: $(VENV)/ready  ## measure speed beside the peers that are installed (bench/README.md; BENCH_ARGS="--model smollm2-135m --rounds 3")
 	@$(PIP) install --editable '.[bench]'
 	@$(BIN)/python bench/run.py $(BENCH_ARGS)
 

@@ -1,148 +1,218 @@
 """``make bench``: this project and the peers that are installed, side by side, alternating in one run.
 
-    python bench/run.py [--shape smollm2-135m] [--rounds 5] [--llama-server PATH] [--out bench/results]
+    python bench/run.py [--model smollm2-135m] [--rows prefill decode-128] [--peers llama-server] [--rounds 5]
 
-Every row is measured round by round, each server once a round and in turn first, and reported as the median of the
-servers' figures and of the round-wise ratios, with their spread. Absolute figures drift on a shared machine; the paired
-ratio is what counts.
+Peers of a row stay open together. In each round each of them is asked once, another one first every time, and only the
+ratio within a round counts, since absolute figures drift. A peer that fails loses its own figures and no others.
+bench/README.md says how peers are installed and what the figures mean.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import shutil
-import statistics
-import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
-from gguf_model import write_gguf
-from measure import decode_tokens_per_s, many_streams, one_stream, steady_tokens_per_s, total_tokens_per_s
+from machine import describe_machine, sha256
+from measure import prompt_ids
+from memory import read_gb_per_s
 from models import SHAPES, Shape, write_model
-from servers import LlamaServer, Pilotlight, Running, Server, running
+from peer import Opened, Peer, PeerFailed, Setting
+from plot import plot
+from report import mean_context, table
+from results import PeerRecord, Result, Values, read
+from rows import WORKLOADS, Measured, Workload, step_bytes
+from servers import OURS, LlamaServer, Pilotlight
+from workers import Worker
 
-Figures = dict[str, float]
-Measure = Callable[[Running, Server, Shape, int], Figures]
-
-
-@dataclass(frozen=True)
-class Row:
-    """Some figures that come from one kind of request."""
-
-    num_slots: int
-    measure: Measure
-
-
-def _prefill(at: Running, server: Server, shape: Shape, seed: int) -> Figures:
-    answer = one_stream(at, server, shape.vocab_size, 512, 2, seed)
-    return {"prefill 512, tok/s": 512 / answer.ttft_s}
+Models = Mapping[Peer, Path]
+WARM_TOKENS = 8
+WARM_SEED = 10_000
 
 
-def _decode(length: int) -> Measure:
-    def measure(at: Running, server: Server, shape: Shape, seed: int) -> Figures:
-        answer = one_stream(at, server, shape.vocab_size, length, 64, seed)
-        return {f"decode, 1 stream, context {length}, tok/s": decode_tokens_per_s(answer)}
+def all_peers(precision: str, llama_server: str | None, environments: Path) -> list[Peer]:
+    """Return ourselves, first, and every peer, installed or not."""
 
-    return measure
+    def python(name: str) -> Path | None:
+        path = environments / name / "bin" / "python"
+        return path.absolute() if path.exists() else None
 
-
-def _streams(num_streams: int) -> Measure:
-    def measure(at: Running, server: Server, shape: Shape, seed: int) -> Figures:
-        answers = many_streams(at, server, shape.vocab_size, num_streams, 128, 64, seed)
-        private, mapped = at.memory_mib()
-        return {
-            f"{num_streams} streams, steady decode, tok/s": steady_tokens_per_s(answers),
-            f"{num_streams} streams, prefill included, tok/s": total_tokens_per_s(answers),
-            f"{num_streams} streams, private memory, MiB": private,
-            f"{num_streams} streams, mapped memory, MiB": mapped,
-        }
-
-    return measure
-
-
-ROWS = (
-    Row(1, _prefill),
-    Row(1, _decode(128)),
-    Row(1, _decode(1024)),
-    Row(8, _streams(8)),
-    Row(32, _streams(32)),
-)
-
-
-def measure_shape(shape: Shape, servers: dict[Server, Path], rounds: int, num_threads: int) -> list[dict[str, object]]:
-    """Measure all rows; each round starts with another server."""
-    results = []
-    for row in ROWS:
-        figures: dict[str, dict[str, list[float]]] = {}
-        for number in range(rounds):
-            order = [*servers.items()]
-            for server, model in order if number % 2 == 0 else order[::-1]:
-                with running(server, model, row.num_slots, num_threads) as at:
-                    row.measure(at, server, shape, 10_000 + number)  # warm
-                    for name, value in row.measure(at, server, shape, number).items():
-                        figures.setdefault(name, {}).setdefault(server.name, []).append(value)
-        for name, by_server in figures.items():
-            results.append(_result(shape.name, name, by_server))
-            print(_line(results[-1]), flush=True)
-    return results
-
-
-def _result(shape: str, name: str, by_server: dict[str, list[float]]) -> dict[str, object]:
-    ours = by_server[Pilotlight.name]
-    ratios = {
-        peer: [a / b for a, b in zip(ours, values, strict=True)]
-        for peer, values in by_server.items()
-        if peer != Pilotlight.name
-    }
-    return {"shape": shape, "row": name, "figures": by_server, "ratios": ratios}
-
-
-def _line(result: dict[str, object]) -> str:
-    figures, ratios = result["figures"], result["ratios"]
-    assert isinstance(figures, dict)
-    assert isinstance(ratios, dict)
-    cells = [f"{server} {statistics.median(values):.1f}" for server, values in figures.items()]
-    cells += [
-        f"ratio to {peer} {statistics.median(values):.2f} ({min(values):.2f}–{max(values):.2f})"
-        for peer, values in ratios.items()
+    genai, openvino = python("onnxruntime-genai"), python("openvino-genai")
+    torch = python("transformers") or Path(sys.executable)  # the export extra holds it as well
+    sizes = (32, 128)
+    return [
+        Pilotlight(precision),
+        LlamaServer(llama_server),
+        *(
+            Worker(f"onnxruntime-genai-{n}", "genai_worker.py", genai, f"genai-{n}", ("--block-size", str(n)))
+            for n in sizes
+        ),
+        Worker("openvino-genai", "openvino_worker.py", openvino, "openvino"),
+        *(
+            Worker(
+                f"transformers-{name}", "transformers_worker.py", torch, options=(("dtype", dtype),), is_four_bit=False
+            )
+            for name, dtype in (("bf16", "bfloat16"), ("fp32", "float32"))
+        ),
     ]
-    return f"{result['shape']:<13} {result['row']:<46} {'  '.join(cells)}"
 
 
-def _artifact(shape: Shape, precision: str, directory: Path) -> Path:
+def measure_shape(
+    shape: Shape,
+    models: Models,
+    workloads: Sequence[Workload],
+    rounds: int,
+    num_threads: int,
+    result: Result,
+    path: Path,
+) -> None:
+    """Measure workloads; those on one number of slots share their processes. Write after each."""
+    for num_slots in sorted({workload.num_streams for workload in workloads}):
+        group = [workload for workload in workloads if workload.num_streams == num_slots]
+        setting = Setting(num_threads, num_slots, group[0].max_context_tokens)
+        with ExitStack() as stack:
+            opened = _open_all(models, setting, stack, result)
+            for workload in group:
+                measure_workload(shape, workload, opened, rounds, num_threads, result)
+                result.write(path)
+                print(f"{shape.name}: {workload.name} measured", flush=True)
+
+
+def _open_all(models: Models, setting: Setting, stack: ExitStack, result: Result) -> dict[str, Opened]:
+    opened = {}
+    for peer, model in models.items():
+        try:
+            opened[peer.name] = stack.enter_context(peer.open(model, setting))
+        except PeerFailed as error:
+            _note_failure(result, f"{setting.num_slots} slots", peer.name, error)
+        else:
+            result.peers[peer.name] = PeerRecord("measured", peer.is_four_bit, opened[peer.name].versions)
+    return opened
+
+
+def measure_workload(
+    shape: Shape, workload: Workload, opened: dict[str, Opened], rounds: int, num_threads: int, result: Result
+) -> None:
+    """Ask every peer once a round, after one short warm-up each."""
+    figures: dict[str, dict[str, Values]] = {
+        figure.title: {name: [None] * rounds for name in opened} for figure in workload.figures
+    }
+    result.rows[workload.name] = figures
+    result.errors.pop(workload.name, None)
+    result.bandwidth_gb_per_s.pop(workload.name, None)
+    for name in list(opened):
+        _try(shape, workload, opened, name, WARM_SEED, min(WARM_TOKENS, workload.num_tokens), result)
+    for number in range(rounds):
+        if workload.name.startswith("decode"):
+            num_bytes = step_bytes(shape, mean_context(workload))
+            result.bandwidth_gb_per_s.setdefault(workload.name, []).append(read_gb_per_s(num_bytes, num_threads))
+        for name in _rotated(list(opened), number):
+            measured = _try(shape, workload, opened, name, number, workload.num_tokens, result)
+            if measured:
+                for figure in workload.figures:
+                    figures[figure.title][name][number] = figure.value(measured)
+
+
+def _rotated(names: list[str], number: int) -> list[str]:
+    first = number % len(names) if names else 0
+    return names[first:] + names[:first]
+
+
+def _try(
+    shape: Shape, workload: Workload, opened: dict[str, Opened], name: str, seed: int, num_tokens: int, result: Result
+) -> Measured | None:
+    """Run a workload once; a peer that fails is not asked again while these processes run."""
+    prompts = [
+        prompt_ids(workload.num_prompt_tokens, shape.vocab_size, seed * 1000 + number)
+        for number in range(workload.num_streams)
+    ]
+    try:
+        return Measured(opened[name].generate(prompts, num_tokens), opened[name].peak_memory())
+    except PeerFailed as error:
+        del opened[name]
+        _note_failure(result, workload.name, name, error)
+        return None
+
+
+def _note_failure(result: Result, where: str, name: str, error: PeerFailed) -> None:
+    result.errors.setdefault(where, {})[name] = str(error)
+    print(f"{result.shape}: {where}: {name} failed: {error}", file=sys.stderr, flush=True)
+
+
+def _prepare_all(shape: Shape, peers: Sequence[Peer], directory: Path, result: Result) -> dict[Peer, Path]:
     source = write_model(shape, directory / shape.name)
-    target = directory / f"{shape.name}-{precision}"
-    if not target.exists():
-        command = [sys.executable, "-m", "pilotlight", "export", str(source), "--precision", precision]
-        subprocess.run([*command, "--out", str(target)], check=True)
-    return target
+    models = {}
+    for peer in peers:
+        missing = peer.missing()
+        if missing:
+            result.peers[peer.name] = PeerRecord(f"not installed: {missing}", peer.is_four_bit)
+            continue
+        try:
+            models[peer] = peer.prepare(shape, source, directory)
+        except PeerFailed as error:
+            result.peers[peer.name] = PeerRecord(f"failed: {error}", peer.is_four_bit)
+            print(f"{shape.name}: {peer.name}: {error}", file=sys.stderr, flush=True)
+    return models
+
+
+def run_shape(shape: Shape, peers: Sequence[Peer], args: argparse.Namespace) -> None:
+    """Measure a shape and write its JSON, table and picture."""
+    path = args.out / f"bench-{args.precision}-{shape.name}.json"
+    weights = write_model(shape, args.models / shape.name) / "model.safetensors"
+    result = Result(shape.name, args.precision, sha256(weights), describe_machine(args.threads))
+    if args.resume and path.exists():
+        result = resumed(read(path), result)
+    workloads = [WORKLOADS[name] for name in args.rows if name not in result.rows]
+    if workloads:
+        models = _prepare_all(shape, peers, args.models, result)
+        if not args.prepare_only:
+            measure_shape(shape, models, workloads, args.rounds, args.threads, result, path)
+    if result.rows:
+        path.with_suffix(".md").write_text(table(result))
+        plot(result, path.with_suffix(".svg"))
+        print(table(result), flush=True)
+
+
+def resumed(old: Result, new: Result) -> Result:
+    """Return the old result to go on with.
+
+    Raises:
+        SystemExit: it is of another model or other code, and can't be continued.
+    """
+    if (old.model_sha256, old.machine) != (new.model_sha256, new.machine):
+        raise SystemExit("the result to resume is of another model, machine or commit; run without --resume")
+    return old
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=[*SHAPES, "all"], default="all")
-    parser.add_argument("--precision", default="int4")
+    parser.add_argument("--model", choices=[*SHAPES, "all"], default="all", help="whose shape")
+    parser.add_argument("--rows", nargs="+", choices=[*WORKLOADS], default=[*WORKLOADS])
+    parser.add_argument(
+        "--peers", nargs="*", metavar="NAME", help="beside Pilotlight; all that are installed by default"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--precision", default="hybrid", help="of Pilotlight's artifact")
+    parser.add_argument("--resume", action="store_true", help="keep the rows that the result has already")
+    parser.add_argument("--prepare-only", action="store_true", help="make every peer's model and measure nothing")
     parser.add_argument("--llama-server", default=shutil.which("llama-server"), help="the program, where it is built")
+    parser.add_argument("--environments", type=Path, default=Path("artifacts/bench/environments"), help="of the peers")
     parser.add_argument("--models", type=Path, default=Path("artifacts/bench"))
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     args = parser.parse_args()
-    results = []
-    for shape in SHAPES.values() if args.shape == "all" else [SHAPES[args.shape]]:
-        servers: dict[Server, Path] = {Pilotlight(): _artifact(shape, args.precision, args.models)}
-        if args.llama_server:
-            servers[LlamaServer(args.llama_server)] = write_gguf(shape, args.models / f"{shape.name}-q4_0.gguf")
-        results += measure_shape(shape, servers, args.rounds, args.threads)
-    args.out.mkdir(parents=True, exist_ok=True)
-    machine = {"cores": args.threads, "architecture": platform.machine(), "rounds": args.rounds}
-    report = {"machine": machine, "precision": args.precision, "results": results}
-    (args.out / f"bench-{args.precision}.json").write_text(json.dumps(report, indent=1) + "\n")
+    peers = all_peers(args.precision, args.llama_server, args.environments)
+    if args.peers is not None:
+        unknown = set(args.peers) - {peer.name for peer in peers}
+        if unknown:
+            parser.error(f"no such peer: {', '.join(sorted(unknown))}; there are {', '.join(p.name for p in peers)}")
+        peers = [peer for peer in peers if peer.name in {OURS, *args.peers}]
+    for shape in SHAPES.values() if args.model == "all" else [SHAPES[args.model]]:
+        run_shape(shape, peers, args)
 
 
 if __name__ == "__main__":

@@ -1,124 +1,216 @@
-"""The servers that are measured: each starts as a process of its own and streams token by token over HTTP."""
+"""Peers that are servers: each a process of its own that streams token by token over HTTP."""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
-import httpx
-import psutil
+from gguf_model import write_gguf
+from http_client import Event, stream_all
+from measure import Stream
+from memory import Memory, PeakMemory
+from models import Shape
+from peer import Opened, PeerFailed, Setting
 
 START_TIMEOUT_S = 120
+STOP_TIMEOUT_S = 30
+OURS = "pilotlight"
 
 
-@dataclass(frozen=True)
-class Running:
-    """A server that answers at ``url``."""
-
-    url: str
-    process: subprocess.Popen[bytes]
-
-    def memory_mib(self) -> tuple[float, float]:
-        """Return the private and the shared (mapped) resident memory of the process and its children, in MiB."""
-        processes = [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
-        maps = [process.memory_full_info() for process in processes]
-        return sum(m.uss for m in maps) / 2**20, sum(m.rss - m.uss for m in maps) / 2**20
-
-
-class Server(Protocol):
-    """How a server is started and asked."""
+class Api(Protocol):
+    """How a server is asked."""
 
     name: str
+    path: str
 
-    def command(self, model: Path, port: int, num_slots: int, num_threads: int, directory: Path) -> list[str]:
-        """Return the command line that serves ``model``."""
+    def body(self, prompt: list[int], num_tokens: int) -> dict[str, Any]:
+        """Return a streamed request for exactly ``num_tokens`` tokens."""
 
-    def request(self, prompt: list[int], num_tokens: int) -> tuple[str, dict[str, Any]]:
-        """Return path and body of a streamed request for exactly ``num_tokens`` tokens."""
-
-    def num_tokens(self, event: dict[str, Any]) -> int:
+    def num_tokens(self, event: Event) -> int:
         """Return how many tokens a streamed event carries."""
 
 
+@dataclass(frozen=True)
+class OpenedServer:
+    """A server that is ready."""
+
+    api: Api
+    port: int
+    memory: PeakMemory
+    versions: dict[str, str]
+
+    def generate(self, prompts: list[list[int]], num_tokens: int) -> list[Stream]:
+        bodies = [self.api.body(prompt, num_tokens) for prompt in prompts]
+        answers = stream_all(self.port, self.api.path, bodies, self.api.num_tokens)
+        fewest = min(len(answer.token_times) for answer in answers)
+        if fewest < num_tokens - 1:  # llama-server's last event may hold the last token, or none
+            raise PeerFailed(f"{fewest} tokens instead of {num_tokens}")
+        return answers
+
+    def peak_memory(self) -> Memory:
+        return self.memory.peak
+
+
 class Pilotlight:
-    name = "pilotlight"
+    """This project, serving an artifact that it exported itself."""
 
-    def command(self, model: Path, port: int, num_slots: int, num_threads: int, directory: Path) -> list[str]:
-        config = directory / "pilotlight.toml"
-        config.write_text(
-            f"[host]\nport = {port}\nledger = {json.dumps(str(directory / 'usage.db'))}\n"
-            f"[functions.bench]\nartifact = {json.dumps(str(model))}\nnum_slots = {num_slots}\n"
-            f"num_threads = {num_threads}\nmax_queued_requests = 1000\n"
-        )
-        return [sys.executable, "-m", "pilotlight", "serve", "--config", str(config)]
+    path = "/v1/completions"
+    is_four_bit = True
 
-    def request(self, prompt: list[int], num_tokens: int) -> tuple[str, dict[str, Any]]:
+    def __init__(self, precision: str, name: str = OURS) -> None:
+        self.name, self._precision = name, precision
+
+    def missing(self) -> str | None:
+        return None
+
+    def prepare(self, shape: Shape, source: Path, directory: Path) -> Path:
+        """Export, and start once, so that its graphs lie optimized in its own cache, as after a first start."""
+        artifact = directory / f"{shape.name}-{self._precision}"
+        if not artifact.exists():
+            command = [sys.executable, "-m", "pilotlight", "export", str(source), "--precision", self._precision]
+            _run([*command, "--out", str(artifact)])
+        with self.open(artifact, Setting(num_threads=1, num_slots=1, max_context_tokens=512)):
+            return artifact
+
+    @contextmanager
+    def open(self, model: Path, setting: Setting) -> Iterator[Opened]:
+        with _directory() as directory, _port() as port:
+            config = directory / "pilotlight.toml"
+            cache = model.parent / "cache"
+            config.write_text(
+                f"[host]\nport = {port}\nledger = {json.dumps(str(directory / 'usage.db'))}\n"
+                f"cache_dir = {json.dumps(str(cache.absolute()))}\n"
+                f"[functions.bench]\nartifact = {json.dumps(str(model))}\nnum_slots = {setting.num_slots}\n"
+                f"num_threads = {setting.num_threads}\nmax_context_tokens = {setting.max_context_tokens}\n"
+            )
+            command = [sys.executable, "-m", "pilotlight", "serve", "--config", str(config)]
+            manifest = json.loads((model / "manifest.json").read_text())
+            packages = {name: version(name) for name in ("pilotlight", "onnxruntime")}
+            recipe = {"recipe": manifest["recipe"]["name"]}
+            with _running(self, command, port, "/readyz", directory, packages | recipe) as opened:
+                yield opened
+
+    def body(self, prompt: list[int], num_tokens: int) -> dict[str, Any]:
         wanted = {"max_tokens": num_tokens, "ignore_eos": True, "return_token_ids": True, "temperature": 0}
-        return "/v1/completions", {"model": "bench", "prompt": prompt, "stream": True, **wanted}
+        return {"model": "bench", "prompt": prompt, "stream": True, **wanted}
 
-    def num_tokens(self, event: dict[str, Any]) -> int:
-        return sum(len(choice.get("token_ids", ())) for choice in event["choices"])
+    def num_tokens(self, event: Event) -> int:
+        return sum(len(choice.get("token_ids") or ()) for choice in event.get("choices", ()))
 
 
 class LlamaServer:
-    name = "llama-server"
+    """llama.cpp's server, on Q4_0 weights."""
 
-    def __init__(self, program: str) -> None:
+    name = "llama-server"
+    path = "/completion"
+    is_four_bit = True
+
+    def __init__(self, program: str | None) -> None:
         self._program = program
 
-    def command(self, model: Path, port: int, num_slots: int, num_threads: int, directory: Path) -> list[str]:
-        context = 2048 * num_slots if num_slots == 1 else 512 * num_slots
-        return [
-            self._program, "-m", str(model), "--port", str(port), "--host", "127.0.0.1", "-t", str(num_threads),
-            "-tb", str(num_threads), "-np", str(num_slots), "-c", str(context), "--no-webui", "--cache-ram", "0",
-        ]  # fmt: skip
+    def missing(self) -> str | None:
+        return None if self._program else "the program llama-server (--llama-server)"
 
-    def request(self, prompt: list[int], num_tokens: int) -> tuple[str, dict[str, Any]]:
+    def prepare(self, shape: Shape, source: Path, directory: Path) -> Path:
+        return write_gguf(shape, directory / f"{shape.name}-q4_0.gguf")
+
+    @contextmanager
+    def open(self, model: Path, setting: Setting) -> Iterator[Opened]:
+        assert self._program is not None
+        threads, slots = str(setting.num_threads), setting.num_slots
+        with _directory() as directory, _port() as port:
+            command = [
+                self._program, "-m", str(model), "--port", str(port), "--host", "127.0.0.1", "-t", threads,
+                "-tb", threads, "-np", str(slots), "-c", str(setting.max_context_tokens * slots), "--no-webui",
+                "--cache-ram", "0",
+            ]  # fmt: skip
+            with _running(self, command, port, "/health", directory, self._versions()) as opened:
+                yield opened
+
+    def _versions(self) -> dict[str, str]:
+        assert self._program is not None
+        told = subprocess.run([self._program, "--version"], capture_output=True, text=True, check=False)
+        found = re.search(r"version: (.+)", told.stderr + told.stdout)
+        return {"llama.cpp": found.group(1) if found else "unknown"}
+
+    def body(self, prompt: list[int], num_tokens: int) -> dict[str, Any]:
         wanted = {"n_predict": num_tokens, "ignore_eos": True, "temperature": 0, "cache_prompt": False}
-        return "/completion", {"prompt": prompt, "stream": True, "return_tokens": True, **wanted}
+        return {"prompt": prompt, "stream": True, "return_tokens": True, **wanted}
 
-    def num_tokens(self, event: dict[str, Any]) -> int:
+    def num_tokens(self, event: Event) -> int:
         return 0 if event.get("stop") else max(1, len(event.get("tokens", ())))
 
 
 @contextmanager
-def running(server: Server, model: Path, num_slots: int, num_threads: int) -> Iterator[Running]:
-    """Start a server on a free loopback port, wait until it is ready, and stop it at the end."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    directory = Path(tempfile.mkdtemp(prefix="bench-"))
-    command = server.command(model, port, num_slots, num_threads, directory)
-    url = f"http://127.0.0.1:{port}"
-    with (directory / "log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
+def _running(
+    api: Api, command: list[str], port: int, ready_path: str, directory: Path, versions: dict[str, str]
+) -> Iterator[Opened]:
+    log = directory / "log"
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file)
+        memory = PeakMemory(process.pid)
         try:
-            _wait_until_ready(url, process, directory / "log")
-            yield Running(url, process)
+            _wait_until_ready(f"http://127.0.0.1:{port}{ready_path}", process, log)
+            yield OpenedServer(api, port, memory, versions)
         finally:
-            process.terminate()
-            process.wait(timeout=30)
-            shutil.rmtree(directory, ignore_errors=True)
+            memory.stop()
+            stop(process)
 
 
-def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+def stop(process: subprocess.Popen[Any]) -> None:
+    """End a process, by force if it does not follow."""
+    process.terminate()
+    try:
+        process.wait(timeout=STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _run(command: list[str]) -> None:
+    try:
+        subprocess.run(command, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise PeerFailed(str(error)) from error
+
+
+def _wait_until_ready(url: str, process: subprocess.Popen[Any], log: Path) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            raise SystemExit(f"a server ended at its start:\n{log.read_text()[-2000:]}")
+            raise PeerFailed(f"it ended at its start: {log.read_text()[-500:]}")
         try:
-            if httpx.get(f"{url}/v1/models").status_code == 200:
+            with urllib.request.urlopen(url, timeout=5):
                 return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.05)
-    raise SystemExit(f"a server was not ready after {START_TIMEOUT_S} s")
+        except OSError:
+            time.sleep(0.05)
+    raise PeerFailed(f"it was not ready after {START_TIMEOUT_S} s")
+
+
+@contextmanager
+def _directory() -> Iterator[Path]:
+    directory = Path(tempfile.mkdtemp(prefix="bench-"))
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextmanager
+def _port() -> Iterator[int]:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = int(probe.getsockname()[1])
+    yield port
