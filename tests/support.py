@@ -152,6 +152,15 @@ def events(text: str) -> list[dict[str, Any]]:
     return [json.loads(frame.removeprefix("data: ")) for frame in frames if frame != "data: [DONE]"]
 
 
+def named_events(text: str) -> list[tuple[str, dict[str, Any]]]:
+    """Parse an SSE body whose frames carry an event's name and its JSON."""
+    found = []
+    for block in text.removesuffix("\n\n").split("\n\n"):
+        name, _, payload = block.partition("\n")
+        found.append((name.removeprefix("event: "), json.loads(payload.removeprefix("data: "))))
+    return found
+
+
 def export_artifact(model: Path, target: Path, precision: str) -> Artifact:
     """Export a model with the command that users call."""
     command = [sys.executable, "-m", "pilotlight", "export", str(model), "--precision", precision, "--out", str(target)]

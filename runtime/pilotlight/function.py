@@ -96,6 +96,7 @@ class Observer(Protocol):
 class Request:
     """What a client asked for, parsed and checked. ``messages`` or ``text`` or ``token_ids`` is the prompt.
 
+    With messages, the answer goes on behind ``prefill``, which is part of the prompt.
     With ``num_top_logprobs`` each token comes with its log probability, and so many of the likeliest ones.
     At ``deadline_at``, a monotonic instant, the answer ends as if its length were reached.
     """
@@ -106,6 +107,7 @@ class Request:
     messages: Items[Mapping[str, Any]] | None = None
     text: str | None = None
     token_ids: tuple[int, ...] | None = None
+    prefill: str = ""
     max_new_tokens: int | None = None
     stop_strings: tuple[str, ...] = ()
     ignore_eos: bool = False
@@ -307,6 +309,14 @@ class Function:
             raise
         return invocation
 
+    async def count_prompt_tokens(self, request: Request) -> int:
+        """Return how many tokens a request's prompt has, whether or not they fit the context.
+
+        Raises:
+            InvalidRequest: the prompt is not acceptable for this function.
+        """
+        return len(await self._prompt_ids(request))
+
     @property
     def num_running(self) -> int:
         return len(self._running)
@@ -351,7 +361,7 @@ class Function:
         if request.token_ids is not None:
             return self._checked_ids(request.token_ids)
         if request.messages is not None:
-            text = self._template.render(request.messages)
+            text = self._template.render(request.messages) + request.prefill
             encode = self._tokenizer.encode_rendered
         else:
             text = request.text or ""

@@ -17,6 +17,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pilotlight.api import errors
+from pilotlight.api.anthropic_messages import Messages
 from pilotlight.api.auth import Doorkeeper, caller_of
 from pilotlight.api.endpoint import ANY, GENERATION, Endpoint, routes
 from pilotlight.api.intake import Intake, json_response, request_id_of
@@ -55,6 +56,7 @@ class Api:
         keyring: Keyring | None = None,
     ) -> None:
         self._intake = Intake(functions, max_body_bytes)
+        self._messages = Messages(self._intake)
         self._functions = functions
         self._ledger = ledger
         self._metrics = metrics
@@ -95,6 +97,7 @@ class Api:
                 event=dict[str, Any],
                 refusals=GENERATION,
             ),
+            *self._messages.endpoints(),
             Endpoint("GET", "/v1/models", self.models, "List the functions", answer=ModelList),
             Endpoint(
                 "GET",
@@ -184,7 +187,8 @@ class Api:
 
 
 class RequestIds:
-    """Gives every request an id, the client's own where it sent an acceptable one, and returns it in the header."""
+    """Gives every request an id, the client's own where it sent an acceptable one, and returns it in the header;
+    ``request-id`` is where Anthropic's clients look for it."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -200,11 +204,12 @@ class RequestIds:
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = headers["request-id"] = request_id
             await send(message)
 
         if given and not valid:
             refusal = InvalidRequest("x-request-id", "x-request-id: expected 1 to 128 letters, digits or . _ : -")
-            await errors.error_response(refusal)(scope, receive, send_with_id)
+            await errors.error_response(refusal, scope)(scope, receive, send_with_id)
             return
         await self._app(scope, receive, send_with_id)

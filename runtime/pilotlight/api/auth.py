@@ -54,7 +54,7 @@ class Doorkeeper:
         try:
             scope.setdefault("state", {})["caller"] = self._admit(Request(scope))
         except PilotlightError as refusal:
-            await error_response(refusal)(scope, receive, send)
+            await error_response(refusal, scope)(scope, receive, send)
             return
         await self._app(scope, receive, send)
 

@@ -1,4 +1,4 @@
-"""The one place where errors become HTTP: the OpenAI envelope, its status and its headers."""
+"""The one place where errors become HTTP: the client's envelope, its status and its headers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import msgspec
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import Scope
 
+from pilotlight.api import anthropic_errors
 from pilotlight.errors import CapacityError, EngineError, InvalidKey, LimitExceeded, PilotlightError, RequestIdInUse
 
 logger = logging.getLogger("pilotlight.api")
@@ -24,7 +26,8 @@ def error_body(error: PilotlightError) -> bytes:
     return msgspec.json.encode({"error": envelope})
 
 
-def error_response(error: PilotlightError) -> Response:
+def error_response(error: PilotlightError, scope: Scope) -> Response:
+    """Return the response to a request that failed, in the words of the API that the client called."""
     headers = {}
     if isinstance(error, CapacityError | LimitExceeded):
         headers["retry-after"] = str(math.ceil(error.retry_after_s))
@@ -37,12 +40,15 @@ def error_response(error: PilotlightError) -> Response:
     if isinstance(error, EngineError | RequestIdInUse):
         # The SDKs retry 409 and 500 by themselves; these were billed, or would fail the same way.
         headers["x-should-retry"] = "false"
-    return Response(error_body(error), error.status, headers, "application/json")
+    body = error_body(error)
+    if scope["path"].startswith(anthropic_errors.PATHS):
+        body = msgspec.json.encode(anthropic_errors.error_event(error, scope.get("state", {}).get("request_id")))
+    return Response(body, error.status, headers, "application/json")
 
 
 async def on_pilotlight_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, PilotlightError)
-    return error_response(error)
+    return error_response(error, request.scope)
 
 
 async def on_http_exception(request: Request, error: Exception) -> Response:
@@ -52,7 +58,7 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
     answer.status, answer.type, answer.code = error.status_code, "invalid_request_error", "not_found"
     if error.status_code == 405:
         answer.code = "method_not_allowed"
-    response = error_response(answer)
+    response = error_response(answer, request.scope)
     response.headers.update(error.headers or {})
     return response
 
@@ -60,4 +66,4 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
 async def on_unexpected_error(request: Request, error: Exception) -> Response:
     """Log a defect of ours with its traceback; the client learns only that there was one."""
     logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
-    return error_response(EngineError("an internal error occurred"))
+    return error_response(EngineError("an internal error occurred"), request.scope)

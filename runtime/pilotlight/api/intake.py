@@ -10,11 +10,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from pilotlight.api.auth import Caller, caller_of
-from pilotlight.api.sse import EventStream, cancelled_on_disconnect
+from pilotlight.api.sse import COMMENT, EventStream, cancelled_on_disconnect
 from pilotlight.api.wire import SamplingBody
-from pilotlight.errors import BodyTooLarge, FunctionNotFound, NotPermitted
+from pilotlight.errors import BodyTooLarge, FunctionNotFound, NotPermitted, RequestCancelled
 from pilotlight.function import Function, Invocation
 from pilotlight.function import Request as FunctionRequest
+from pilotlight.metering.record import UsageRecord
+from pilotlight.request import FinishReason
 
 
 class Intake:
@@ -47,6 +49,7 @@ class Intake:
         asked: FunctionRequest,
         stream: Callable[[Invocation], AsyncIterator[bytes]],
         whole: Callable[[Invocation], Awaitable[object]],
+        ping: bytes = COMMENT,
     ) -> Response:
         """Run what a body asks for, and answer with its frames as they come or with one object when it is complete."""
         caller = caller_of(request)
@@ -55,13 +58,25 @@ class Intake:
         invocation = await self.function(body.model, caller).invoke(whose)
         response: Response
         if body.stream:
-            response = EventStream(invocation, stream(invocation))
+            response = EventStream(invocation, stream(invocation), ping)
         else:
             async with cancelled_on_disconnect(invocation, request.receive):
                 response = json_response(await whole(invocation))
         if invocation.standing is not None:
             response.headers.update(invocation.standing.headers())
         return response
+
+
+def completed(invocation: Invocation) -> UsageRecord:
+    """Return the record of an invocation that has ended.
+
+    Raises:
+        RequestCancelled: it was cancelled before its answer was complete.
+    """
+    assert invocation.record is not None
+    if invocation.record.finish_reason is FinishReason.CANCELLED:
+        raise RequestCancelled
+    return invocation.record
 
 
 def request_id_of(request: Request) -> str:

@@ -7,6 +7,7 @@ from typing import Literal
 import msgspec
 
 from pilotlight.function import Function
+from pilotlight.metering.record import UsageRecord
 
 
 class ModelObject(msgspec.Struct, frozen=True):
@@ -49,4 +50,27 @@ def model_object(function: Function) -> ModelObject:
         max_context_tokens=function.max_context_tokens,
         artifact=function.artifact.digest,
         precision=function.artifact.manifest.precision,
+    )
+
+
+class Metered(msgspec.Struct, frozen=True):
+    """What a usage record says and no vendor's ``usage`` has a word for; it travels there under ``pilotlight``."""
+
+    request_id: str
+    ttft_ms: float | None
+    cold_start_ms: float
+    total_ms: float
+    cost_micros: int
+    currency: str
+
+
+def metered(record: UsageRecord) -> Metered:
+    """Return the extension of a finished invocation's usage."""
+    return Metered(
+        request_id=record.request_id,
+        ttft_ms=record.ttft_ms,
+        cold_start_ms=record.cold_start_ms,
+        total_ms=record.total_ms,
+        cost_micros=record.cost_micros,
+        currency=record.currency,
     )

@@ -7,9 +7,10 @@ from collections.abc import AsyncIterator
 from typing import Any, ClassVar, Protocol
 
 from pilotlight.answer import Choice, Delta
+from pilotlight.api.intake import completed
 from pilotlight.api.openai_body import GenerationBody
 from pilotlight.api.sse import DONE, error_frame, frame
-from pilotlight.errors import PilotlightError, RequestCancelled
+from pilotlight.errors import PilotlightError
 from pilotlight.function import Invocation
 from pilotlight.metering.record import UsageRecord
 from pilotlight.request import FinishReason
@@ -56,7 +57,7 @@ async def stream(invocation: Invocation, body: GenerationBody, shape: Shape) -> 
                 piece = {**(piece or shape.closing), "token_ids": delta.token_ids}
             if piece is not None:
                 yield chunk(delta.choice, piece)
-        record = _completed(invocation)
+        record = completed(invocation)
     except PilotlightError as error:
         yield error_frame(error)
         return
@@ -76,7 +77,7 @@ async def whole(invocation: Invocation, body: GenerationBody, shape: Shape) -> F
         LedgerUnavailable: the usage record could not be written.
     """
     choices = await invocation.choices()
-    record = _completed(invocation)
+    record = completed(invocation)
     objects = [_choice_object(choice, body, shape) for choice in choices]
     return {**_head(invocation, body, shape.object), "choices": objects, "usage": usage_object(record)}
 
@@ -121,10 +122,3 @@ def _head(invocation: Invocation, body: GenerationBody, name: str) -> Fields:
         "model": body.model,
         "system_fingerprint": invocation.function.artifact.digest[7:19],
     }
-
-
-def _completed(invocation: Invocation) -> UsageRecord:
-    assert invocation.record is not None
-    if invocation.record.finish_reason is FinishReason.CANCELLED:
-        raise RequestCancelled
-    return invocation.record

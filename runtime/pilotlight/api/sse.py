@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -16,12 +17,21 @@ from pilotlight.errors import PilotlightError
 from pilotlight.function import Invocation
 
 DONE = b"data: [DONE]\n\n"
+COMMENT = b": ping\n\n"
+PING_AFTER_S = 15.0
+"""Proxies close connections on which nothing happens; while nothing is generated, a ping does."""
+
 _encoder = msgspec.json.Encoder()
 
 
 def frame(payload: dict[str, Any]) -> bytes:
     """Return one data frame."""
     return b"data: %b\n\n" % _encoder.encode(payload)
+
+
+def event_frame(event: msgspec.Struct) -> bytes:
+    """Return the frame of a typed event, under its own name."""
+    return b"event: %b\ndata: %b\n\n" % (str(event.__struct_config__.tag).encode(), _encoder.encode(event))
 
 
 def error_frame(error: PilotlightError) -> bytes:
@@ -54,16 +64,34 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, invocation: Invocation, frames: AsyncIterator[bytes]) -> None:
+    def __init__(self, invocation: Invocation, frames: AsyncIterator[bytes], ping: bytes = COMMENT) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._invocation = invocation
         self._frames = frames
+        self._ping = ping
+        self._sending = asyncio.Lock()
+        self._sent_at = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with cancelled_on_disconnect(self._invocation, receive):
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            async for body in self._frames:
-                await send({"type": "http.response.body", "body": body, "more_body": True})
+            pinging = asyncio.create_task(self._keep_alive(send))
+            try:
+                async for body in self._frames:
+                    await self._send(send, body)
+            finally:
+                pinging.cancel()
             scope.setdefault("state", {})["failure"] = self._invocation.failure
             await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _keep_alive(self, send: Send) -> None:
+        while True:
+            await asyncio.sleep(PING_AFTER_S)
+            if time.monotonic() - self._sent_at >= PING_AFTER_S:
+                await self._send(send, self._ping)
+
+    async def _send(self, send: Send, body: bytes) -> None:
+        async with self._sending:
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+            self._sent_at = time.monotonic()
