@@ -61,7 +61,8 @@ class Handler:
             await self._client.report_error(invocation, failure_of(refusal))
             return
         answer = open_answer(self._client, invocation, Reading.HTTP_OBJECT)
-        await error_response(refusal)({"type": "http"}, _receiver(b"", answer), answer.send)
+        scope = {"type": "http", "path": ""}
+        await error_response(refusal, scope)(scope, _receiver(b"", answer), answer.send)
         await answer.end(None)
 
     async def _run(self, call: Call, invocation: Invocation, answer: Answer) -> PilotlightError | None:
