@@ -14,6 +14,8 @@ import pytest
 from pilotlight.api import sse
 from pilotlight.artifact import Artifact
 from pilotlight.engine.fake import FakeSession
+from pilotlight.metering.keyring import KeyDesk
+from pilotlight.metering.keys import Limits
 from pilotlight.request import FinishReason
 from support import EOS_ID, MAX_BODY_BYTES, VOCAB_SIZE, Serving, expected_tokens, named_events, serving, toy_tokenizer
 
@@ -247,6 +249,20 @@ def test_refusals_outside_the_body_are_worded_so_too(toy_artifact: Artifact, tmp
             draining = await ask(toy)
             assert (draining.status_code, draining.json()["error"]["type"]) == (503, "overloaded_error")
             assert int(draining.headers["retry-after"]) >= 1
+
+    asyncio.run(scenario())
+
+
+def test_keys_are_taken_from_either_header(toy_artifact: Artifact, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        with KeyDesk(tmp_path / "usage.db") as desk:
+            token = desk.create("app", "acme", None, Limits(), admin=False)[1]
+        async with serving(toy_artifact, tmp_path) as toy:
+            for headers in ({"x-api-key": token}, {"authorization": f"Bearer {token}"}):
+                assert (await ask(toy, headers=headers)).status_code == 200
+            refused = await ask(toy, headers={"x-api-key": "pl_wrong"})
+            assert (refused.status_code, refused.json()["error"]["type"]) == (401, "authentication_error")
+            assert refused.json()["request_id"] == refused.headers["request-id"]
 
     asyncio.run(scenario())
 
