@@ -229,10 +229,6 @@ class TestServe:
     def test_an_artifact_that_is_not_there(self, elsewhere: Path) -> None:
         assert failure("serve", "none", "--port", 0) == "none: does not exist"
 
-    def test_an_artifact_whose_graph_is_none(self, toy_artifact: Artifact) -> None:
-        line = failure("serve", toy_artifact.path, "--port", 0)
-        assert line.startswith(f"{toy_artifact.path}/model.onnx: ONNX Runtime cannot load it (")
-
     def test_a_context_that_the_model_has_not(self, elsewhere: Path, toy_artifact: Artifact) -> None:
         table = f"[functions.toy]\nartifact = '{toy_artifact.path}'\nmax_context_tokens = 65\n"
         (elsewhere / "my.toml").write_text(f"[host]\nport = 0\n{table}")

@@ -13,11 +13,8 @@ from pilotlight.errors import ConfigError
 from pilotlight.metering.prices import PriceTable
 
 EXAMPLE = Path(__file__).parents[1] / "pilotlight.example.toml"
-HOST_KEYS = "address, port, ledger, max_body_bytes, cache_dir, drain_timeout_s"
-FUNCTION_KEYS = (
-    "artifact, num_slots, max_context_tokens, max_queued_requests, max_chunk_tokens, num_threads, "
-    "max_duration_s, prices"
-)
+HOST_KEYS = ", ".join(field.name for field in msgspec.structs.fields(HostSettings))
+FUNCTION_KEYS = ", ".join(field.name for field in msgspec.structs.fields(FunctionSettings))
 
 
 @pytest.fixture
@@ -57,6 +54,7 @@ def test_an_unknown_variable_is_an_error() -> None:
     assert refusal(None, {"PILOTLIGHT_PROT": "1"}) == (
         "unknown variable PILOTLIGHT_PROT = '1'; expected one of PILOTLIGHT_ADDRESS, PILOTLIGHT_PORT, "
         "PILOTLIGHT_LEDGER, PILOTLIGHT_MAX_BODY_BYTES, PILOTLIGHT_CACHE_DIR, PILOTLIGHT_DRAIN_TIMEOUT_S, "
+        "PILOTLIGHT_MEMORY_BUDGET_MB, PILOTLIGHT_HANG_TIMEOUT_S, "
         "PILOTLIGHT_ARTIFACT, PILOTLIGHT_CONFIG, PILOTLIGHT_INVOKE_MODE, PILOTLIGHT_LEDGER_TABLE"
     )
     assert load_settings(None, {"PILOTLIGHT_ARTIFACT": "demo"}).host == HostSettings()
@@ -70,10 +68,12 @@ def test_every_host_setting_has_its_variable() -> None:
         "PILOTLIGHT_MAX_BODY_BYTES": "10",
         "PILOTLIGHT_CACHE_DIR": "",
         "PILOTLIGHT_DRAIN_TIMEOUT_S": "0.5",
+        "PILOTLIGHT_MEMORY_BUDGET_MB": "100",
+        "PILOTLIGHT_HANG_TIMEOUT_S": "5",
     }
     names = {f"PILOTLIGHT_{field.name.upper()}" for field in msgspec.structs.fields(HostSettings)}
     assert names == environment.keys()
-    assert load_settings(None, environment).host == HostSettings("localhost", 0, "other.db", 10, "", 0.5)
+    assert load_settings(None, environment).host == HostSettings("localhost", 0, "other.db", 10, "", 0.5, 100, 5.0)
 
 
 def test_port_is_honoured_and_our_own_variable_wins() -> None:

@@ -7,7 +7,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -25,7 +25,10 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 class HostSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``[host]``: where the server listens and what it keeps. An empty ``cache_dir`` keeps no optimized graphs."""
+    """``[host]``: where the server listens and what it keeps. An empty ``cache_dir`` keeps no optimized graphs.
+
+    ``memory_budget_mb`` bounds all replicas together; 0 means most of what is free at the start.
+    """
 
     address: str = "127.0.0.1"
     port: Port = 8080
@@ -33,6 +36,8 @@ class HostSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_body_bytes: Positive = 4 * 1024 * 1024
     cache_dir: str = "~/.cache/pilotlight"
     drain_timeout_s: Annotated[float, Meta(ge=0, le=3600)] = 10.0
+    memory_budget_mb: Annotated[int, Meta(ge=0)] = 0
+    hang_timeout_s: Annotated[float, Meta(ge=1, le=3600)] = 30.0
 
 
 class FunctionSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -40,7 +45,7 @@ class FunctionSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     ``max_context_tokens`` left out means the model's own context, 4,096 at most; ``num_threads`` the machine's cores.
     After ``max_duration_s`` an answer ends as if its length were reached. ``prices`` are decimal strings, see
-    ``metering.prices``.
+    ``metering.prices``. What scales and sleeps is described in docs/host.md.
     """
 
     artifact: str
@@ -50,6 +55,12 @@ class FunctionSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_chunk_tokens: Positive = 128
     num_threads: Positive | None = None
     max_duration_s: Annotated[float, Meta(gt=0, le=86400)] = 3600.0
+    min_replicas: Annotated[int, Meta(ge=0, le=256)] = 0
+    max_replicas: Annotated[int, Meta(ge=1, le=256)] = 1
+    idle_timeout_s: Annotated[float, Meta(ge=0)] = 300.0
+    sleep: Literal["light", "deep"] = "light"
+    light_timeout_s: Annotated[float, Meta(ge=0)] = 3600.0
+    max_queued_tokens: Positive = 65536
     prices: dict[str, str] = {}
 
 

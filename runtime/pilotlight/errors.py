@@ -17,6 +17,7 @@
     │   └── LimitExceeded            429, of a key; with Retry-After
     ├── CapacityError                try again later: 503, with Retry-After
     │   ├── QueueFull
+    │   ├── StartFailed
     │   ├── LedgerUnavailable
     │   └── Draining
     └── EngineError                  500, raised from its cause
@@ -189,10 +190,19 @@ class CapacityError(PilotlightError):
 
 
 class QueueFull(CapacityError):
-    """The function's queue holds as many requests as it may."""
+    """The function's queue holds as many requests, or prompt tokens, as it may."""
 
-    def __init__(self, max_queued_requests: int, retry_after_s: float = 1.0) -> None:
-        super().__init__(f"{max_queued_requests} requests are waiting already, which is the limit", retry_after_s)
+    def __init__(self, limit: int, retry_after_s: float = 1.0, of: str = "requests") -> None:
+        super().__init__(f"{limit} {of} are waiting already, which is the limit", retry_after_s)
+
+
+class StartFailed(CapacityError):
+    """No replica of the function could be started; the message says why."""
+
+    code = "start_failed"
+
+    def __init__(self, cause: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(f"the function cannot be started at present: {cause}", retry_after_s)
 
 
 class LedgerUnavailable(CapacityError):

@@ -31,12 +31,13 @@ from pilotlight.errors import (
     LedgerUnavailable,
     PilotlightError,
     RequestIdInUse,
+    StartFailed,
 )
 from pilotlight.metering.limits import Admitted, Standing
 from pilotlight.metering.prices import PriceTable
 from pilotlight.metering.record import Admission, UsageRecord, final_record, utc_text
 from pilotlight.metering.usage import Timings, Usage
-from pilotlight.request import FinishReason, SamplingParams, Sequence, Signals, TokenEvent
+from pilotlight.request import FinishReason, SamplingParams, Sequence, Signals, Start, TokenEvent
 from pilotlight.text.chat_template import load_chat_template
 from pilotlight.text.detokenizer import TextStream
 from pilotlight.text.tokenizer import Tokenizer
@@ -45,6 +46,8 @@ logger = logging.getLogger("pilotlight.function")
 
 MAX_INLINE_CHARACTERS = 4096
 """Longer texts are tokenized on another thread, so that they don't hold up the streams of others."""
+
+_NO_START = Start(0.0, 0.0, 0.0, 0.0, 0.0)
 
 CHECKPOINT_TOKENS = 32
 """How many tokens a crash of the whole process can leave unbilled, at most: they were delivered, but not noted."""
@@ -204,9 +207,17 @@ class _Progress:
     finish: FinishReason = FinishReason.ERROR
     stop_detail: str | None = None
     checkpoint: asyncio.Task[None] | None = None
+    replica_id: str | None = None
+    start: Start | None = None
+    num_recomputed_tokens: int = 0
+    retry_after_s: float | None = None
 
     def count(self, event: TokenEvent) -> None:
         """Count one token of any choice."""
+        self.replica_id = event.replica_id or self.replica_id
+        self.num_recomputed_tokens += event.num_recomputed_tokens
+        if event.start is not None:
+            self.start, self.cold_start_ms = event.start, event.start.waited_ms
         self.num_completion_tokens += 1
         self.last_token_at = event.at
         if self.first_token_at is None:
@@ -218,9 +229,14 @@ class _Progress:
         prefill_at, first_at, last_at = self.prefill_started_at, self.first_token_at, self.last_token_at
         if prefill_at is None or first_at is None or last_at is None:
             return Timings(cold_start_ms=self.cold_start_ms, total_ms=_ms(time.monotonic() - self.received_at))
+        start = self.start or _NO_START
         return Timings(
-            queue_ms=_ms(prefill_at - self.submitted_at),
+            queue_ms=max(0.0, round(_ms(prefill_at - self.submitted_at) - start.waited_ms, 3)),
             cold_start_ms=self.cold_start_ms,
+            fork_ms=start.fork_ms,
+            map_ms=start.map_ms,
+            session_ms=start.session_ms,
+            warm_up_ms=start.warm_up_ms,
             prefill_ms=_ms(first_at - prefill_at),
             ttft_ms=_ms(first_at - self.received_at),
             decode_ms=_ms(last_at - first_at),
@@ -446,6 +462,8 @@ class Function:
             with _deadline(invocation, request.received_at + self.max_duration_s):
                 failure = await self._generate(invocation, events, progress)
             usage = _usage(invocation, progress)
+            if progress.replica_id is not None:
+                admission = msgspec.structs.replace(admission, replica_id=progress.replica_id)
             record = final_record(admission, usage, progress.timings(), progress.finish, progress.stop_detail)
             await self._ledger.finish(record)
             self._observer.finished(record)
@@ -460,7 +478,7 @@ class Function:
 
     async def _generate(
         self, invocation: Invocation, events: Items[AsyncIterator[TokenEvent]], progress: _Progress
-    ) -> EngineError | None:
+    ) -> PilotlightError | None:
         """Turn token events into deltas; a failed run is returned, since it is metered like any other end."""
         streams = invocation.streams
         await asyncio.gather(
@@ -471,6 +489,8 @@ class Function:
         progress.stop_detail = next(details, None)
         if progress.checkpoint is not None:
             await progress.checkpoint
+        if progress.finish is FinishReason.ERROR and progress.retry_after_s is not None:
+            return StartFailed(progress.stop_detail or "", progress.retry_after_s)
         if progress.finish is FinishReason.ERROR:
             return EngineError("the model run failed; what was generated until then is metered")
         return None
@@ -494,6 +514,7 @@ class Function:
                 invocation.push(stream.cut())
             elif event.finish is not None:
                 stream.finish, stream.stop_detail = event.finish, event.error
+                progress.retry_after_s = event.retry_after_s
         if stream.finish is FinishReason.ERROR:
             invocation.cancel()  # the other choices: nobody will see them
 
@@ -589,6 +610,7 @@ def _usage(invocation: Invocation, progress: _Progress) -> Usage:
         prompt_tokens=invocation.num_prompt_tokens if progress.prefill_started_at is not None else 0,
         completion_tokens=progress.num_completion_tokens,
         delivered_tokens=invocation.num_delivered_tokens if left_early else progress.num_completion_tokens,
+        recomputed_tokens=progress.num_recomputed_tokens,
         busy_ms=round(timings.prefill_ms + timings.decode_ms),
     )
 

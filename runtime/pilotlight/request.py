@@ -51,6 +51,8 @@ class Sequence:
     """Token ids to continue, until a token of ``stop_ids`` or ``max_new_tokens``, whichever comes first.
 
     Where ``num_top_logprobs`` is given, each token comes with its log probability and those of so many likeliest ones.
+    ``emitted_ids`` is the part of the answer that was generated elsewhere already: it counts towards
+    ``max_new_tokens``, and what follows is what would have followed there.
     """
 
     id: str
@@ -59,6 +61,7 @@ class Sequence:
     stop_ids: frozenset[int] = frozenset()
     sampling: SamplingParams = SamplingParams()
     num_top_logprobs: int | None = None
+    emitted_ids: tuple[int, ...] = ()
     tenant: str | None = None
 
 
@@ -71,10 +74,23 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True, slots=True)
+class Start:
+    """The start of a replica that a sequence had to wait for; ``waited_ms`` is how long, the rest are its stages."""
+
+    waited_ms: float
+    fork_ms: float
+    map_ms: float
+    session_ms: float
+    warm_up_ms: float
+
+
+@dataclass(frozen=True, slots=True)
 class TokenEvent:
     """One generated token, or an end without a token. ``at`` is a monotonic instant in seconds.
 
-    The event with a ``finish`` is the last one of its sequence. ``prefill_started_at`` is set on the first token.
+    The event with a ``finish`` is the last one of its sequence. ``prefill_started_at`` is set on the first token. Where
+    a host moved a sequence, the first event after it says how many tokens were computed again. ``retry_after_s`` goes
+    with an error that may be over by then.
     """
 
     token_id: int | None
@@ -83,6 +99,10 @@ class TokenEvent:
     prefill_started_at: float | None = None
     error: str | None = None
     logprobs: TokenLogprobs | None = None
+    retry_after_s: float | None = None
+    replica_id: str | None = None
+    start: Start | None = None
+    num_recomputed_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,7 +48,9 @@ def test_a_record_holds_what_was_admitted_used_timed_and_charged() -> None:
         reasoning_tokens=1,
         migrations=2,
     )
-    timings = Timings(queue_ms=1, cold_start_ms=2, prefill_ms=3, ttft_ms=4, decode_ms=5, total_ms=15)
+    timings = Timings(
+        queue_ms=1, cold_start_ms=2, fork_ms=1.5, session_ms=0.5, prefill_ms=3, ttft_ms=4, decode_ms=5, total_ms=15
+    )
     record = final_record(ADMISSION, usage, timings, FinishReason.STOP, "\n\n")
     assert msgspec.to_builtins(record) == {
         "schema_version": SCHEMA_VERSION,
@@ -77,6 +79,10 @@ def test_a_record_holds_what_was_admitted_used_timed_and_charged() -> None:
         "migrations": 2,
         "queue_ms": 1,
         "cold_start_ms": 2,
+        "fork_ms": 1.5,
+        "map_ms": 0.0,
+        "session_ms": 0.5,
+        "warm_up_ms": 0.0,
         "prefill_ms": 3,
         "ttft_ms": 4,
         "decode_ms": 5,

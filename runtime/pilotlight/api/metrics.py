@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -16,14 +17,29 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 TTFT_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 TOKEN_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 
+STAGES = ("fork", "map", "session", "warm_up")
+
 GAUGES: dict[str, tuple[str, Callable[[Signals], float]]] = {
     "pilotlight_num_requests_waiting": ("Requests in the queue.", lambda s: s.num_waiting),
     "pilotlight_num_requests_running": ("Requests in a slot.", lambda s: s.num_running),
-    "pilotlight_slots_used_ratio": ("Share of the slots in use.", lambda s: s.num_running / s.num_slots),
+    "pilotlight_slots_used_ratio": ("Share of the slots in use.", lambda s: s.num_running / max(1, s.num_slots)),
     "pilotlight_prefill_backlog_tokens": ("Prompt tokens not yet computed.", lambda s: s.num_prefill_backlog_tokens),
     "pilotlight_kv_used_bytes": ("KV cache in use.", lambda s: s.kv_used_bytes),
     "pilotlight_kv_reserved_bytes": ("KV cache allocated.", lambda s: s.kv_reserved_bytes),
 }
+
+
+class Stages(Protocol):
+    """How long each stage of a replica's start took."""
+
+    @property
+    def fork_ms(self) -> float: ...
+    @property
+    def map_ms(self) -> float: ...
+    @property
+    def session_ms(self) -> float: ...
+    @property
+    def warm_up_ms(self) -> float: ...
 
 
 class Metrics:
@@ -59,6 +75,15 @@ class Metrics:
             buckets=TTFT_BUCKETS_S,
         )
 
+        self._starts = Histogram(
+            "pilotlight_replica_start_seconds",
+            "Stages of a replica's start.",
+            (*of, "stage"),
+            registry=registry,
+            buckets=TTFT_BUCKETS_S,
+        )
+        self._losses = Counter("pilotlight_replicas_lost", "Replicas that died or hung.", of, registry=registry)
+
     def token(self, function: str, gap_s: float | None) -> None:
         self._generation_tokens.labels(function).inc()
         if gap_s is not None:
@@ -70,6 +95,15 @@ class Metrics:
         self._latency.labels(record.function).observe(record.total_ms / 1000)
         if record.ttft_ms is not None:
             self._ttft.labels(record.function).observe(record.ttft_ms / 1000)
+
+    def replica_started(self, function: str, stages: Stages) -> None:
+        """A replica is ready after so many milliseconds in each stage of its start."""
+        for stage in STAGES:
+            self._starts.labels(function, stage).observe(getattr(stages, f"{stage}_ms") / 1000)
+
+    def replica_lost(self, function: str) -> None:
+        """A replica died that should not have."""
+        self._losses.labels(function).inc()
 
     def watch(self, functions: Mapping[str, Function]) -> None:
         """Report the gauges of these functions from now on."""

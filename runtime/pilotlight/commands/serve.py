@@ -70,7 +70,7 @@ def _announce(url: str, settings: Settings, functions: Mapping[str, Function]) -
         click.echo(
             f"{name}: {manifest.precision}, {manifest.num_parameters / 1e6:,.1f} M parameters, "
             f"context {function.max_context_tokens:,}, {settings.functions[name].num_slots} slots, "
-            f"ready in {function.cold_start_ms:,.0f} ms"
+            f"starts when it is called"
         )
     click.echo(f"serving {url}/v1   usage ledger {settings.host.ledger}")
     sys.stdout.flush()

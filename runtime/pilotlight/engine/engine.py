@@ -156,7 +156,8 @@ class Engine:
         sequence = active.sequence
         row = self._sampling.get(sequence.id)
         if row is None:
-            row = self._sampling[sequence.id] = SamplingRow(sequence.sampling, sequence.prompt_ids, vocab_size)
+            row = SamplingRow(sequence.sampling, sequence.prompt_ids, vocab_size, sequence.emitted_ids)
+            self._sampling[sequence.id] = row
         return row
 
     def _event(self, active: Active, chosen: Chosen | Exception, now: float) -> Event:

@@ -22,7 +22,10 @@ NUM_CANDIDATES = 1024
 class SamplingRow:
     """One sequence's sampling state: its parameters, how many tokens it has drawn, and what it has seen."""
 
-    def __init__(self, params: SamplingParams, prompt_ids: Rows[int], vocab_size: int) -> None:
+    def __init__(
+        self, params: SamplingParams, prompt_ids: Rows[int], vocab_size: int, emitted_ids: Rows[int] = ()
+    ) -> None:
+        """Take up a sequence, behind the part of its answer that was drawn elsewhere."""
         self.params = params
         self.num_drawn = 0
         self._bias_ids = np.fromiter(params.logit_bias.keys(), np.int64)
@@ -33,6 +36,8 @@ class SamplingRow:
             self._counts = np.zeros(vocab_size, np.int32)
             self._seen = np.zeros(vocab_size, np.bool_)
             self._seen[np.asarray(prompt_ids, np.int64)] = True
+        for token_id in emitted_ids:
+            self.commit(token_id)
 
     @property
     def adjusts(self) -> bool:

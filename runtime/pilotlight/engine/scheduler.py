@@ -23,7 +23,7 @@ class Active:
     num_cached: int = 0
 
     def __post_init__(self) -> None:
-        self.tokens = list(self.sequence.prompt_ids)
+        self.tokens = [*self.sequence.prompt_ids, *self.sequence.emitted_ids]
 
     @property
     def num_generated(self) -> int:

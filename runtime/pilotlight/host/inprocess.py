@@ -6,16 +6,13 @@ import os
 import time
 from pathlib import Path
 
-from pilotlight.artifact import Artifact, open_artifact
+from pilotlight.artifact import open_artifact
 from pilotlight.config import FunctionSettings, HostSettings
 from pilotlight.engine.backend import EngineBackend
 from pilotlight.engine.session import OnnxSession
-from pilotlight.errors import ConfigError
 from pilotlight.function import Function, Observer, UsageLedger
+from pilotlight.host.sizing import max_context_tokens, num_cores
 from pilotlight.metering.prices import PriceTable
-
-DEFAULT_MAX_CONTEXT_TOKENS = 4096
-"""A slot's cache grows with its context, and models that were trained on 128 k tokens would fill a machine's memory."""
 
 
 def open_function(
@@ -30,10 +27,10 @@ def open_function(
     prices = PriceTable.from_config(settings.prices, f"functions.{name}.prices")
     artifact = open_artifact(Path(settings.artifact))
     artifact.verify()
-    max_context_tokens = _max_context_tokens(name, settings, artifact)
-    num_threads = settings.num_threads or _num_cores()
+    context = max_context_tokens(name, settings, artifact)
+    num_threads = settings.num_threads or num_cores()
     cache_dir = Path(host.cache_dir).expanduser() if host.cache_dir else None
-    session = OnnxSession(artifact, settings.num_slots, max_context_tokens, num_threads, cache_dir)
+    session = OnnxSession(artifact, settings.num_slots, context, num_threads, cache_dir)
     backend = EngineBackend(session, settings.max_queued_requests, settings.max_chunk_tokens)
     function = Function(
         name,
@@ -41,19 +38,13 @@ def open_function(
         backend,
         ledger,
         prices,
-        max_context_tokens=max_context_tokens,
+        max_context_tokens=context,
         max_duration_s=settings.max_duration_s,
         observer=observer,
     )
     backend.start()
     function.started(_process_age_ms())
     return function
-
-
-def _num_cores() -> int:
-    """Return the cores that this process may run on, where the system tells, else all of them."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _process_age_ms() -> float:
@@ -64,14 +55,3 @@ def _process_age_ms() -> float:
     except (OSError, AttributeError):
         return 0.0
     return max(0.0, round((uptime_s - started_ticks / os.sysconf("SC_CLK_TCK")) * 1000, 3))
-
-
-def _max_context_tokens(name: str, settings: FunctionSettings, artifact: Artifact) -> int:
-    longest = artifact.manifest.shapes.max_context_tokens
-    if settings.max_context_tokens is None:
-        return min(longest, DEFAULT_MAX_CONTEXT_TOKENS)
-    if settings.max_context_tokens > longest:
-        raise ConfigError(
-            f"functions.{name}.max_context_tokens is {settings.max_context_tokens}; the model's context is {longest}"
-        )
-    return settings.max_context_tokens

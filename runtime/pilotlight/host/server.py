@@ -17,7 +17,10 @@ from pilotlight.api.metrics import Metrics
 from pilotlight.config import LOOPBACK, HostSettings, Settings
 from pilotlight.errors import ConfigError
 from pilotlight.function import Function
-from pilotlight.host.inprocess import open_function
+from pilotlight.host.launcher import ZygoteLauncher
+from pilotlight.host.machine import Machine
+from pilotlight.host.pooled import Surroundings, cache_dir, open_pooled
+from pilotlight.host.verified import Verified
 from pilotlight.metering.keyring import Keyring
 from pilotlight.metering.ledger import Ledger
 
@@ -44,17 +47,28 @@ async def _serve(settings: Settings, on_ready: OnReady) -> None:
     with _bind(settings.host) as listener, Ledger(path) as ledger, Keyring(path) as keyring:
         _check_is_guarded(settings.host, keyring)
         metrics = Metrics()
+        host = settings.host
+        machine = Machine(host.memory_budget_mb * 1_000_000)
+        launcher = ZygoteLauncher()
+        around = Surroundings(host, ledger, metrics, launcher, machine, Verified(cache_dir(host)))
         functions: dict[str, Function] = {}
+        ticks: asyncio.Task[None] | None = None
         try:
             for name, of_function in settings.functions.items():
-                functions[name] = open_function(name, of_function, settings.host, ledger, metrics)
+                functions[name], pool = open_pooled(name, of_function, around)
+                pool.act()
             metrics.watch(functions)
             app = Api(functions, ledger, metrics, settings.host.max_body_bytes, keyring).app()
+            launcher.start()
+            ticks = asyncio.create_task(machine.run())
             on_ready(_url(listener, settings.host.address), functions)
             await _Server(app, functions, settings.host.drain_timeout_s).serve(sockets=[listener])
         finally:
             for function in functions.values():
                 await function.close()
+            if ticks is not None:
+                ticks.cancel()
+            launcher.close()
 
 
 class _Server(uvicorn.Server):

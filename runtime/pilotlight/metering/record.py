@@ -74,6 +74,10 @@ class UsageRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     recomputed_tokens: int
     queue_ms: float
     cold_start_ms: float
+    fork_ms: float = 0.0
+    map_ms: float = 0.0
+    session_ms: float = 0.0
+    warm_up_ms: float = 0.0
     prefill_ms: float
     ttft_ms: float | None
     decode_ms: float

@@ -27,11 +27,16 @@ class Usage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Timings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How long an invocation spent in each stage, by one monotonic clock.
 
-    A stage that was not reached took 0; ``ttft_ms`` (the time to the first token) is None without a token.
+    ``cold_start_ms`` is how long it waited for a replica to start, the four after it the stages of that start. A stage
+    that was not reached took 0; ``ttft_ms`` (the time to the first token) is None without a token.
     """
 
     queue_ms: float = 0.0
     cold_start_ms: float = 0.0
+    fork_ms: float = 0.0
+    map_ms: float = 0.0
+    session_ms: float = 0.0
+    warm_up_ms: float = 0.0
     prefill_ms: float = 0.0
     ttft_ms: float | None = None
     decode_ms: float = 0.0

@@ -1,0 +1,94 @@
+"""A function whose engine runs in replicas: nothing of it is loaded before it is called."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pilotlight.api.metrics import Metrics
+from pilotlight.artifact import Artifact, open_artifact
+from pilotlight.config import FunctionSettings, HostSettings
+from pilotlight.function import Function, UsageLedger
+from pilotlight.host.autoscaler import Policy, Sleep
+from pilotlight.host.link import Launcher
+from pilotlight.host.machine import Machine
+from pilotlight.host.pool import Pool, PoolSettings
+from pilotlight.host.sizing import kv_bytes, max_context_tokens, num_cores, weights_bytes
+from pilotlight.host.verified import Verified
+from pilotlight.host.wire import ReplicaSpec
+from pilotlight.metering.prices import PriceTable
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What all functions of a host share."""
+
+    host: HostSettings
+    ledger: UsageLedger
+    metrics: Metrics
+    launcher: Launcher
+    machine: Machine
+    verified: Verified
+
+
+def open_pooled(name: str, settings: FunctionSettings, around: Surroundings) -> tuple[Function, Pool]:
+    """Verify an artifact and load its text side; its replicas start when they are needed.
+
+    Raises:
+        ArtifactError: the artifact is damaged.
+        ConfigError: a setting does not fit the artifact.
+    """
+    prices = PriceTable.from_config(settings.prices, f"functions.{name}.prices")
+    artifact = open_artifact(Path(settings.artifact))
+    around.verified.verify(artifact)
+    context = max_context_tokens(name, settings, artifact)
+    pool = Pool(_pool_settings(name, settings, around.host, artifact, context), around.launcher, around.machine,
+                around.metrics)  # fmt: skip
+    function = Function(
+        name,
+        artifact,
+        pool,
+        around.ledger,
+        prices,
+        max_context_tokens=context,
+        max_duration_s=settings.max_duration_s,
+        observer=around.metrics,
+    )
+    return function, pool
+
+
+def cache_dir(host: HostSettings) -> Path | None:
+    """Return where things are kept from one start to the next, if anywhere."""
+    return Path(host.cache_dir).expanduser() if host.cache_dir else None
+
+
+def _pool_settings(
+    name: str, settings: FunctionSettings, host: HostSettings, artifact: Artifact, context: int
+) -> PoolSettings:
+    directory = cache_dir(host)
+    return PoolSettings(
+        name=name,
+        spec=ReplicaSpec(
+            replica_id=name,
+            artifact=str(artifact.path.resolve()),
+            num_slots=settings.num_slots,
+            max_context_tokens=context,
+            max_chunk_tokens=settings.max_chunk_tokens,
+            num_threads=settings.num_threads or num_cores(),
+            cache_dir=str(directory) if directory is not None else None,
+            asked_at=0.0,
+        ),
+        policy=Policy(
+            num_slots=settings.num_slots,
+            min_replicas=settings.min_replicas,
+            max_replicas=max(settings.max_replicas, settings.min_replicas),
+            idle_timeout_s=settings.idle_timeout_s,
+            sleep=Sleep(settings.sleep),
+            light_timeout_s=settings.light_timeout_s,
+        ),
+        weights_bytes=weights_bytes(artifact),
+        kv_bytes=kv_bytes(artifact, settings.num_slots, context),
+        max_queued_requests=settings.max_queued_requests,
+        max_queued_tokens=settings.max_queued_tokens,
+        hang_ticks=max(1, round(host.hang_timeout_s)),
+    )

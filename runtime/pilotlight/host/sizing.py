@@ -1,0 +1,49 @@
+"""What a function may use of its model and its machine: context, threads, bytes."""
+
+from __future__ import annotations
+
+import os
+
+from pilotlight.artifact import GRAPH, PREFILL_GRAPH, Artifact
+from pilotlight.config import FunctionSettings
+from pilotlight.errors import ConfigError
+
+DEFAULT_MAX_CONTEXT_TOKENS = 4096
+"""A slot's cache grows with its context, and models that were trained on 128 k tokens would fill a machine's memory."""
+
+_KV_ITEM_BYTES = {"float32": 4, "float16": 2}
+
+
+def num_cores() -> int:
+    """Return the cores that this process may run on, where the system tells, else all of them."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def max_context_tokens(name: str, settings: FunctionSettings, artifact: Artifact) -> int:
+    """Return how long prompt and answer may be together.
+
+    Raises:
+        ConfigError: the settings want more than the model can.
+    """
+    longest = artifact.manifest.shapes.max_context_tokens
+    if settings.max_context_tokens is None:
+        return min(longest, DEFAULT_MAX_CONTEXT_TOKENS)
+    if settings.max_context_tokens > longest:
+        raise ConfigError(
+            f"functions.{name}.max_context_tokens is {settings.max_context_tokens}; the model's context is {longest}"
+        )
+    return settings.max_context_tokens
+
+
+def kv_bytes(artifact: Artifact, num_slots: int, max_context_tokens: int) -> int:
+    """Return the size of the KV cache, every slot full."""
+    shapes = artifact.manifest.shapes
+    per_token = 2 * shapes.num_layers * shapes.num_kv_heads * shapes.head_size
+    return per_token * _KV_ITEM_BYTES[artifact.manifest.kv.dtype] * num_slots * max_context_tokens
+
+
+def weights_bytes(artifact: Artifact) -> int:
+    """Return the size of the graphs and their weights, as if all of it became private memory."""
+    stems = tuple(name for name in (GRAPH, PREFILL_GRAPH))
+    return sum(file.size_bytes for name, file in artifact.manifest.files.items() if name.startswith(stems))

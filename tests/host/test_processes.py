@@ -1,0 +1,183 @@
+"""Real hosts, zygotes and replicas: what happens to streams and processes when one of them is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from pilotlight.artifact import Artifact
+from pilotlight.metering.ledger_reader import LedgerReader
+from processes import descendants, is_alive, named, wait_for
+from support import ServerProcess, server_process
+
+pytestmark = [pytest.mark.e2e, pytest.mark.model]
+
+BODY: dict[str, Any] = {
+    "model": "demo", "prompt": "Once", "max_tokens": 300, "ignore_eos": True, "return_token_ids": True,
+}  # fmt: skip
+SEEDED = {"temperature": 0.9, "seed": 7, "frequency_penalty": 0.3, "repetition_penalty": 1.1}
+GREEDY = {"temperature": 0.0}
+
+
+@pytest.fixture(scope="module")
+def ledger(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("host") / "usage.db"
+
+
+@pytest.fixture(scope="module")
+def server(demo_fp32: Artifact, ledger: Path) -> Iterator[ServerProcess]:
+    with server_process(demo_fp32.path, ledger) as server:
+        yield server
+
+
+@pytest.fixture
+def http(server: ServerProcess) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.url, timeout=60) as http:
+        yield http
+
+
+def token_ids(lines: Iterator[str]) -> Iterator[int]:
+    for line in lines:
+        if line.startswith("data: {"):
+            event = json.loads(line.removeprefix("data: "))
+            assert "error" not in event, event
+            for choice in event["choices"]:
+                yield from choice.get("token_ids", ())
+
+
+def replica_of(server: ServerProcess) -> int:
+    wait_for(lambda: named(server.process.pid, "pl-replica"))
+    return named(server.process.pid, "pl-replica")[0]
+
+
+def undisturbed(http: httpx.Client, **sampling: Any) -> list[int]:
+    answer = http.post("/v1/completions", json={**BODY, **sampling})
+    found: list[int] = answer.json()["choices"][0]["token_ids"]
+    assert len(found) == 300
+    return found
+
+
+def test_an_idle_host_has_a_zygote_and_no_replica(demo_fp32: Artifact, tmp_path: Path) -> None:
+    with server_process(demo_fp32.path, tmp_path / "usage.db") as server, httpx.Client(base_url=server.url) as http:
+        for path in ("/livez", "/readyz", "/metrics", "/v1/models"):
+            assert http.get(path).status_code == 200
+        assert http.post("/v1/completions", json={**BODY, "prompt": "word " * 3000}).status_code == 400
+        assert http.post("/v1/completions", json={**BODY, "temperature": -1}).status_code == 400
+        (zygote,) = descendants(server.process.pid)
+        assert named(zygote, "pl-replica") == []
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+def test_a_killed_replica_costs_no_token(
+    server: ServerProcess, http: httpx.Client, ledger: Path, sampling: dict[str, Any]
+) -> None:
+    whole = undisturbed(http, **sampling)
+    received = []
+    with http.stream("POST", "/v1/completions", json={**BODY, **sampling, "stream": True}) as response:
+        for token_id in token_ids(response.iter_lines()):
+            received.append(token_id)
+            if len(received) in (3, 40, 90):
+                replica = replica_of(server)
+                os.kill(replica, signal.SIGKILL)
+                wait_for(lambda replica=replica: not is_alive(replica))
+    assert received == whole
+    with LedgerReader(ledger) as reader:
+        record = reader.get(response.headers["x-request-id"])
+    assert record is not None
+    assert record.completion_tokens == 300
+    assert record.recomputed_tokens > 0
+
+
+def test_a_killed_zygote_costs_no_token(server: ServerProcess, http: httpx.Client) -> None:
+    whole = undisturbed(http, **GREEDY)
+    received = []
+    with http.stream("POST", "/v1/completions", json={**BODY, **GREEDY, "stream": True}) as response:
+        for token_id in token_ids(response.iter_lines()):
+            received.append(token_id)
+            if len(received) == 20:
+                (zygote,) = named(server.process.pid, "pl-zygote")
+                os.kill(zygote, signal.SIGKILL)
+    assert received == whole
+
+
+def test_nobody_outlives_a_killed_host(demo_fp32: Artifact, tmp_path: Path) -> None:
+    with server_process(demo_fp32.path, tmp_path / "usage.db") as server:
+        httpx.post(f"{server.url}/v1/completions", json={**BODY, "max_tokens": 1})
+        family = descendants(server.process.pid)
+        assert len(family) >= 2
+        os.kill(family[-1], signal.SIGSTOP)  # one that does nothing any more must not stay either
+        os.kill(server.process.pid, signal.SIGKILL)
+        wait_for(lambda: not any(is_alive(pid) for pid in family))
+
+
+def test_nobody_outlives_a_host_that_ends(demo_fp32: Artifact, tmp_path: Path) -> None:
+    with server_process(demo_fp32.path, tmp_path / "usage.db") as server:
+        httpx.post(f"{server.url}/v1/completions", json={**BODY, "max_tokens": 1})
+        family = descendants(server.process.pid)
+    assert server.process.returncode == 0
+    assert not any(is_alive(pid) for pid in family)
+
+
+def test_signals_to_the_whole_group_let_streams_finish(demo_fp32: Artifact, tmp_path: Path) -> None:
+    with server_process(demo_fp32.path, tmp_path / "usage.db") as server, httpx.Client(base_url=server.url) as http:
+        with http.stream("POST", "/v1/completions", json={**BODY, "stream": True}) as response:
+            ids = token_ids(response.iter_lines())
+            received = [next(ids)]
+            for pid in (*descendants(server.process.pid), server.process.pid):
+                os.kill(pid, signal.SIGTERM)
+            received += ids
+        assert len(received) == 300
+        assert server.process.wait(timeout=30) == 0
+
+
+def test_a_graph_that_cannot_be_loaded_is_told_to_the_client(demo_fp32: Artifact, tmp_path: Path) -> None:
+    artifact = damaged_copy(demo_fp32.path, tmp_path / "damaged")
+    with server_process(artifact, tmp_path / "usage.db") as server, httpx.Client(base_url=server.url) as http:
+        first = http.post("/v1/completions", json=BODY)
+        assert first.status_code == 503
+        assert first.json()["error"]["code"] == "start_failed"
+        assert "ONNX Runtime cannot load it" in first.json()["error"]["message"]
+        assert str(tmp_path) not in first.text
+        assert int(first.headers["retry-after"]) >= 1
+        again = http.post("/v1/completions", json=BODY)
+        assert again.status_code == 503
+        assert "ONNX Runtime cannot load it" in again.json()["error"]["message"]
+        assert http.get("/livez").status_code == 200
+
+
+def damaged_copy(source: Path, target: Path) -> Path:
+    """Copy an artifact with a graph that is no graph, and a manifest which says that this is right."""
+    import hashlib
+
+    target.mkdir()
+    for file in source.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    (target / "model.onnx").write_bytes(b"no graph")
+    manifest = json.loads((target / "manifest.json").read_text())
+    manifest["files"]["model.onnx"] = {"sha256": hashlib.sha256(b"no graph").hexdigest(), "size_bytes": 8}
+    (target / "manifest.json").write_text(json.dumps(manifest))
+    return target
+
+
+def test_a_frozen_replica_is_replaced(demo_fp32: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PILOTLIGHT_HANG_TIMEOUT_S", "1")
+    with (
+        server_process(demo_fp32.path, tmp_path / "usage.db") as server,
+        httpx.Client(base_url=server.url, timeout=60) as http,
+    ):
+        whole = undisturbed(http, **GREEDY)
+        received = []
+        with http.stream("POST", "/v1/completions", json={**BODY, **GREEDY, "stream": True}) as response:
+            for token_id in token_ids(response.iter_lines()):
+                received.append(token_id)
+                if len(received) == 5:
+                    replica = replica_of(server)
+                    os.kill(replica, signal.SIGSTOP)
+        assert received == whole
