@@ -18,6 +18,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from pilotlight.api.app import Api
 from pilotlight.api.metrics import Metrics
+from pilotlight.api.response_store import ResponseStore
 from pilotlight.artifact import (
     CHAT_TEMPLATE,
     GENERATION_CONFIG,
@@ -35,6 +36,7 @@ from pilotlight.artifact import (
     open_artifact,
     sha256_of,
 )
+from pilotlight.config import HostSettings
 from pilotlight.engine.backend import EngineBackend
 from pilotlight.engine.fake import FakeSession, next_token
 from pilotlight.function import Function
@@ -60,6 +62,19 @@ def toy_tokenizer() -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken("<|im_start|>", special=True), AddedToken("<|im_end|>", special=True)])
     return tokenizer
+
+
+def toy_chat_ids(*messages: tuple[str, str]) -> list[int]:
+    """Return the toy template's prompt for (role, content) pairs, ready for the assistant."""
+    turns = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in messages)
+    ids: list[int] = toy_tokenizer().encode(f"{turns}<|im_start|>assistant\n", add_special_tokens=False).ids
+    return ids
+
+
+def toy_text(token_ids: list[int]) -> str:
+    """Return what a client reads of these tokens, when the last one is complete."""
+    text: str = toy_tokenizer().decode(token_ids, skip_special_tokens=True)
+    return text.rstrip("�")
 
 
 def toy_manifest(files: dict[str, FileEntry], **changes: Any) -> Manifest:
@@ -118,14 +133,18 @@ async def serving(
     session = session or FakeSession(VOCAB_SIZE)
     backend = EngineBackend(session, max_queued_requests, max_chunk_tokens=8)
     metrics = Metrics()
-    with Ledger(directory / "usage.db") as ledger, Keyring(directory / "usage.db") as keyring:
+    with (
+        Ledger(directory / "usage.db") as ledger,
+        Keyring(directory / "usage.db") as keyring,
+        ResponseStore.open(HostSettings()) as responses,
+    ):
         prices = PriceTable.from_config(PRICES)
         function = Function(
             "toy", artifact, backend, ledger, prices, max_context_tokens=session.max_context_tokens, observer=metrics
         )
         backend.start()
         metrics.watch({"toy": function})
-        app = Api({"toy": function}, ledger, metrics, MAX_BODY_BYTES, keyring).app()
+        app = Api({"toy": function}, ledger, metrics, MAX_BODY_BYTES, responses, keyring).app()
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         try:
             async with httpx.AsyncClient(transport=transport, base_url="http://toy") as client:

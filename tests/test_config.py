@@ -53,7 +53,8 @@ def test_a_file_defines_functions(file: Path) -> None:
 def test_an_unknown_variable_is_an_error() -> None:
     assert refusal(None, {"PILOTLIGHT_PROT": "1"}) == (
         "unknown variable PILOTLIGHT_PROT = '1'; expected one of PILOTLIGHT_ADDRESS, PILOTLIGHT_PORT, "
-        "PILOTLIGHT_LEDGER, PILOTLIGHT_MAX_BODY_BYTES, PILOTLIGHT_CACHE_DIR, PILOTLIGHT_DRAIN_TIMEOUT_S, "
+        "PILOTLIGHT_LEDGER, PILOTLIGHT_MAX_BODY_BYTES, PILOTLIGHT_CACHE_DIR, PILOTLIGHT_RESPONSE_STORE, "
+        "PILOTLIGHT_RESPONSE_TTL_S, PILOTLIGHT_MAX_STORED_RESPONSE_BYTES, PILOTLIGHT_DRAIN_TIMEOUT_S, "
         "PILOTLIGHT_MEMORY_BUDGET_MB, PILOTLIGHT_HANG_TIMEOUT_S, "
         "PILOTLIGHT_ARTIFACT, PILOTLIGHT_CONFIG, PILOTLIGHT_INVOKE_MODE, PILOTLIGHT_LEDGER_TABLE"
     )
@@ -67,13 +68,18 @@ def test_every_host_setting_has_its_variable() -> None:
         "PILOTLIGHT_LEDGER": "other.db",
         "PILOTLIGHT_MAX_BODY_BYTES": "10",
         "PILOTLIGHT_CACHE_DIR": "",
+        "PILOTLIGHT_RESPONSE_STORE": "responses.db",
+        "PILOTLIGHT_RESPONSE_TTL_S": "60",
+        "PILOTLIGHT_MAX_STORED_RESPONSE_BYTES": "20",
         "PILOTLIGHT_DRAIN_TIMEOUT_S": "0.5",
         "PILOTLIGHT_MEMORY_BUDGET_MB": "100",
         "PILOTLIGHT_HANG_TIMEOUT_S": "5",
     }
     names = {f"PILOTLIGHT_{field.name.upper()}" for field in msgspec.structs.fields(HostSettings)}
     assert names == environment.keys()
-    assert load_settings(None, environment).host == HostSettings("localhost", 0, "other.db", 10, "", 0.5, 100, 5.0)
+    assert load_settings(None, environment).host == HostSettings(
+        "localhost", 0, "other.db", 10, "", "responses.db", 60.0, 20, 0.5, 100, 5.0
+    )
 
 
 def test_port_is_honoured_and_our_own_variable_wins() -> None:

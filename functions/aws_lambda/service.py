@@ -9,6 +9,7 @@ from emf import EmfMetrics
 from handler import Handler, poll_all
 from lambda_settings import LambdaSettings
 from pilotlight.api.app import Api
+from pilotlight.api.response_store import ResponseStore
 from pilotlight.function import UsageLedger
 from pilotlight.host.inprocess import open_function
 from pilotlight.metering.dynamodb_ledger import DynamoDbLedger
@@ -36,7 +37,8 @@ class Service:
         self.function = open_function(settings.name, settings.function, settings.host, ledger, metrics)
         stages.end("function")
         metrics.watch({settings.name: self.function})
-        app = Api({settings.name: self.function}, ledger, metrics, settings.host.max_body_bytes).app()
+        responses = ResponseStore.open(settings.host)
+        app = Api({settings.name: self.function}, ledger, metrics, settings.host.max_body_bytes, responses).app()
         self._handler = Handler(client, app, self.function, settings.url_reading)
         self._num_pollers = settings.num_pollers
 

@@ -35,6 +35,9 @@ class HostSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ledger: str = "pilotlight.db"
     max_body_bytes: Positive = 4 * 1024 * 1024
     cache_dir: str = "~/.cache/pilotlight"
+    response_store: str = ":memory:"
+    response_ttl_s: Annotated[float, Meta(ge=0)] = 24 * 3600.0
+    max_stored_response_bytes: Positive = 64 * 1024 * 1024
     drain_timeout_s: Annotated[float, Meta(ge=0, le=3600)] = 10.0
     memory_budget_mb: Annotated[int, Meta(ge=0)] = 0
     hang_timeout_s: Annotated[float, Meta(ge=1, le=3600)] = 30.0

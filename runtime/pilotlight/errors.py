@@ -11,6 +11,7 @@
     │   ├── NotPermitted             403
     │   ├── FunctionNotFound         404
     │   ├── RequestNotFound          404
+    │   ├── ResponseNotFound         404
     │   ├── RequestIdInUse           409
     │   ├── RequestCancelled         499
     │   ├── BodyTooLarge             413
@@ -19,6 +20,7 @@
     │   ├── QueueFull
     │   ├── StartFailed
     │   ├── LedgerUnavailable
+    │   ├── ResponseStoreUnavailable
     │   └── Draining
     └── EngineError                  500, raised from its cause
 
@@ -116,6 +118,16 @@ class RequestNotFound(RequestError):
     code = "request_not_found"
 
 
+class ResponseNotFound(RequestError):
+    """No response of that id is kept for this caller, or not any longer."""
+
+    status = 404
+    code = "response_not_found"
+
+    def __init__(self, response_id: str) -> None:
+        super().__init__(f"there is no response {response_id!r}, or it is kept no longer")
+
+
 class RequestIdInUse(RequestError):
     """The client's x-request-id names an invocation that the ledger already holds."""
 
@@ -209,6 +221,15 @@ class LedgerUnavailable(CapacityError):
     """The usage ledger cannot be written, and nothing is served unmetered."""
 
     code = "ledger_unavailable"
+
+
+class ResponseStoreUnavailable(CapacityError):
+    """The responses that were kept cannot be read or written."""
+
+    code = "response_store_unavailable"
+
+    def __init__(self) -> None:
+        super().__init__("the responses that were kept cannot be reached")
 
 
 class Draining(CapacityError):

@@ -111,6 +111,7 @@ class Request:
     text: str | None = None
     token_ids: tuple[int, ...] | None = None
     prefill: str = ""
+    prompt_name: str | None = None
     max_new_tokens: int | None = None
     stop_strings: tuple[str, ...] = ()
     ignore_eos: bool = False
@@ -123,7 +124,7 @@ class Request:
     @property
     def prompt_param(self) -> str:
         """The name of the parameter that a client would have to change."""
-        return "messages" if self.messages is not None else "prompt"
+        return self.prompt_name or ("messages" if self.messages is not None else "prompt")
 
 
 class Invocation:

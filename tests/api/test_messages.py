@@ -17,21 +17,20 @@ from pilotlight.engine.fake import FakeSession
 from pilotlight.metering.keyring import KeyDesk
 from pilotlight.metering.keys import Limits
 from pilotlight.request import FinishReason
-from support import EOS_ID, MAX_BODY_BYTES, VOCAB_SIZE, Serving, expected_tokens, named_events, serving, toy_tokenizer
+from support import (
+    EOS_ID,
+    MAX_BODY_BYTES,
+    VOCAB_SIZE,
+    Serving,
+    expected_tokens,
+    named_events,
+    serving,
+    toy_chat_ids,
+    toy_text,
+    toy_tokenizer,
+)
 
 TOKENIZER = toy_tokenizer()
-
-
-def chatml(*messages: tuple[str, str]) -> list[int]:
-    """Return the toy template's prompt, ready for the assistant."""
-    turns = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in messages)
-    ids: list[int] = TOKENIZER.encode(f"{turns}<|im_start|>assistant\n", add_special_tokens=False).ids
-    return ids
-
-
-def text_of(token_ids: list[int]) -> str:
-    text: str = TOKENIZER.decode(token_ids, skip_special_tokens=True)
-    return text.rstrip("�")
 
 
 async def ask(
@@ -42,7 +41,7 @@ async def ask(
 
 
 def test_a_message_is_the_models_own_answer(toy_artifact: Artifact, tmp_path: Path) -> None:
-    prompt_ids = chatml(("system", "Be brief."), ("user", "hi"))
+    prompt_ids = toy_chat_ids(("system", "Be brief."), ("user", "hi"))
 
     async def scenario() -> None:
         async with serving(toy_artifact, tmp_path) as toy:
@@ -62,7 +61,7 @@ def test_a_message_is_the_models_own_answer(toy_artifact: Artifact, tmp_path: Pa
                 "type": "message",
                 "role": "assistant",
                 "model": "toy",
-                "content": [{"type": "text", "text": text_of(expected)}],
+                "content": [{"type": "text", "text": toy_text(expected)}],
                 "stop_reason": "end_turn" if expected[-1] == EOS_ID else "max_tokens",
                 "stop_sequence": None,
             }
@@ -132,14 +131,14 @@ def test_stop_sequences_and_the_context_are_named_as_reasons(toy_artifact: Artif
 
 
 def test_an_answer_goes_on_behind_what_it_is_to_begin_with(toy_artifact: Artifact, tmp_path: Path) -> None:
-    prompt_ids = chatml(("user", "hi")) + TOKENIZER.encode("Well", add_special_tokens=False).ids
+    prompt_ids = toy_chat_ids(("user", "hi")) + TOKENIZER.encode("Well", add_special_tokens=False).ids
 
     async def scenario() -> None:
         async with serving(toy_artifact, tmp_path) as toy:
             for begun in ("Well", [{"type": "text", "text": "Well"}]):
                 messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": begun}]
                 answer = (await ask(toy, messages=messages)).json()
-                assert answer["content"][0]["text"] == text_of(expected_tokens(prompt_ids, 6))
+                assert answer["content"][0]["text"] == toy_text(expected_tokens(prompt_ids, 6))
                 assert answer["usage"]["input_tokens"] == len(prompt_ids)
 
     asyncio.run(scenario())
@@ -154,13 +153,13 @@ def test_tool_blocks_of_earlier_turns_become_the_templates_messages(toy_artifact
         {"role": "assistant", "content": [thought, {"type": "text", "text": "ok"}, call]},
         {"role": "user", "content": [result, {"type": "text", "text": "so"}]},
     ]
-    prompt_ids = chatml(("user", "1+1"), ("assistant", "ok"), ("tool", "two"), ("user", "so"))
+    prompt_ids = toy_chat_ids(("user", "1+1"), ("assistant", "ok"), ("tool", "two"), ("user", "so"))
 
     async def scenario() -> None:
         async with serving(toy_artifact, tmp_path) as toy:
             answer = (await ask(toy, messages=messages, max_tokens=2)).json()
             assert answer["usage"]["input_tokens"] == len(prompt_ids)
-            assert answer["content"][0]["text"] == text_of(expected_tokens(prompt_ids, 2))
+            assert answer["content"][0]["text"] == toy_text(expected_tokens(prompt_ids, 2))
 
     asyncio.run(scenario())
 
@@ -171,7 +170,7 @@ def test_tokens_are_counted_without_an_invocation(toy_artifact: Artifact, tmp_pa
             for content in ("hi", "x" * 500):
                 body = {"model": "toy", "system": "S", "messages": [{"role": "user", "content": content}]}
                 response = await toy.client.post("/v1/messages/count_tokens", json=body)
-                expected = len(chatml(("system", "S"), ("user", content)))
+                expected = len(toy_chat_ids(("system", "S"), ("user", content)))
                 assert (response.status_code, response.json()) == (200, {"input_tokens": expected})
                 assert toy.ledger.get(response.headers["x-request-id"]) is None
             assert toy.session.num_runs == 0

@@ -26,7 +26,9 @@ from pilotlight.api.objects import Alive, CancelledRequest, ModelList, ModelObje
 from pilotlight.api.openai_body import GenerationBody
 from pilotlight.api.openai_chat import ChatBody, ChatShape, chat_request
 from pilotlight.api.openai_completion import Shape, stream, whole
+from pilotlight.api.openai_responses import Responses
 from pilotlight.api.openai_text import TextBody, TextShape, text_request
+from pilotlight.api.response_store import ResponseStore
 from pilotlight.api.wire import parse
 from pilotlight.errors import (
     Draining,
@@ -53,10 +55,12 @@ class Api:
         ledger: UsageLedger,
         metrics: Metrics,
         max_body_bytes: int,
+        responses: ResponseStore,
         keyring: Keyring | None = None,
     ) -> None:
         self._intake = Intake(functions, max_body_bytes)
         self._messages = Messages(self._intake)
+        self._responses = Responses(self._intake, responses)
         self._functions = functions
         self._ledger = ledger
         self._metrics = metrics
@@ -97,6 +101,7 @@ class Api:
                 event=dict[str, Any],
                 refusals=GENERATION,
             ),
+            *self._responses.endpoints(),
             *self._messages.endpoints(),
             Endpoint("GET", "/v1/models", self.models, "List the functions", answer=ModelList),
             Endpoint(

@@ -30,6 +30,11 @@ class Body(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     ignored: ClassVar[frozenset[str]] = frozenset()
     neutral: ClassVar[Mapping[str, tuple[object, ...]]] = {}
 
+    @classmethod
+    def normalized(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """Return the parameters with what a client may leave out where the types need it."""
+        return given
+
 
 class SamplingBody(Body, frozen=True, kw_only=True):
     """What every endpoint that generates can be told; a surface narrows what its clients know otherwise."""
@@ -67,7 +72,7 @@ def parse(raw: bytes, kind: type[T]) -> T:
         elif value is not None or fields[key].required:
             given[key] = value
     try:
-        return msgspec.convert(given, kind, str_keys=True)
+        return msgspec.convert(kind.normalized(given), kind, str_keys=True)
     except msgspec.ValidationError as error:
         raise _invalid(error) from error
 

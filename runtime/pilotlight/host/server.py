@@ -14,6 +14,7 @@ import uvicorn
 
 from pilotlight.api.app import Api
 from pilotlight.api.metrics import Metrics
+from pilotlight.api.response_store import ResponseStore
 from pilotlight.config import LOOPBACK, HostSettings, Settings
 from pilotlight.errors import ConfigError
 from pilotlight.function import Function
@@ -44,7 +45,12 @@ def run(settings: Settings, on_ready: OnReady) -> None:
 async def _serve(settings: Settings, on_ready: OnReady) -> None:
     # the port first: a start in vain should not load a model
     path = Path(settings.host.ledger)
-    with _bind(settings.host) as listener, Ledger(path) as ledger, Keyring(path) as keyring:
+    with (
+        _bind(settings.host) as listener,
+        Ledger(path) as ledger,
+        Keyring(path) as keyring,
+        ResponseStore.open(settings.host) as responses,
+    ):
         _check_is_guarded(settings.host, keyring)
         metrics = Metrics()
         host = settings.host
@@ -58,7 +64,7 @@ async def _serve(settings: Settings, on_ready: OnReady) -> None:
                 functions[name], pool = open_pooled(name, of_function, around)
                 pool.act()
             metrics.watch(functions)
-            app = Api(functions, ledger, metrics, settings.host.max_body_bytes, keyring).app()
+            app = Api(functions, ledger, metrics, settings.host.max_body_bytes, responses, keyring).app()
             launcher.start()
             ticks = asyncio.create_task(machine.run())
             on_ready(_url(listener, settings.host.address), functions)
