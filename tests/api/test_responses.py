@@ -173,7 +173,11 @@ def test_an_answer_that_ends_by_itself_is_completed(toy_artifact: Artifact, tmp_
 def test_log_probabilities_come_where_they_are_asked_for(toy_artifact: Artifact, tmp_path: Path) -> None:
     async def scenario() -> None:
         async with serving(toy_artifact, tmp_path) as toy:
-            params = {"include": ["message.output_text.logprobs"], "top_logprobs": 2, "ignore_eos": True}
+            params: dict[str, Any] = {
+                "include": ["message.output_text.logprobs"],
+                "top_logprobs": 2,
+                "ignore_eos": True,
+            }
             answer = (await ask(toy, **params)).json()
             scores = answer["output"][0]["content"][0]["logprobs"]
             assert len(scores) == 6
