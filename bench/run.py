@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -205,6 +206,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=Path("artifacts/bench"))
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that peers are stopped when we are
     peers = all_peers(args.precision, args.llama_server, args.environments)
     if args.peers is not None:
         unknown = set(args.peers) - {peer.name for peer in peers}
