@@ -25,8 +25,8 @@ def table(result: Result) -> str:
         "",
         "Median (lowest–highest) of the rounds. The ratio is ours over the best four-bit peer's, paired by round.",
         "",
-        "| Row | " + " | ".join(peers) + " | best peer | ratio | to llama-server | asked | |",
-        "|---" * (len(peers) + 6) + "|",
+        "| Row | rounds | " + " | ".join(peers) + " | best peer | ratio | to llama-server | asked | |",
+        "|---" * (len(peers) + 7) + "|",
     ]
     lines += [
         _line(result, peers, figure, by_peer)
@@ -38,7 +38,8 @@ def table(result: Result) -> str:
 
 
 def _line(result: Result, peers: list[str], figure: Figure, by_peer: dict[str, Values]) -> str:
-    cells = [_spread(by_peer.get(peer, []), 0 if figure.unit == "MiB" else 1) for peer in peers]
+    num_rounds = str(max(map(len, by_peer.values())))
+    cells = [num_rounds, *(_spread(by_peer.get(peer, []), 0 if figure.unit == "MiB" else 1) for peer in peers)]
     if figure.better == "neither":
         return _row(figure.title, cells, BLANK)
     rivals = [name for name in peers if name != OURS and result.peers[name].is_four_bit]
@@ -86,7 +87,7 @@ def _share_lines(result: Result, peers: list[str]) -> list[str]:
     return [
         _row(
             f"share of the bandwidth roofline, context {workload.num_prompt_tokens}",
-            [_percent(value) for value in roofline_shares(result, workload, peers)],
+            ["", *(_percent(value) for value in roofline_shares(result, workload, peers))],
             BLANK,
         )
         for workload in WORKLOADS.values()
