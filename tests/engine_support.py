@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from pilotlight.engine.engine import Engine, Event
 from pilotlight.engine.fake import FakeSession
+from pilotlight.engine.policy import Policy
 from pilotlight.request import TokenEvent
 
 
@@ -36,10 +37,13 @@ class Log:
         return [event.token_id for event in self.by_sequence[name] if event.token_id is not None]
 
 
+SMALL_CHUNKS = Policy(max_chunk_tokens=4)
+
+
 @contextmanager
-def engine_on(session: FakeSession) -> Iterator[tuple[Engine, Log]]:
+def engine_on(session: FakeSession, policy: Policy = SMALL_CHUNKS) -> Iterator[tuple[Engine, Log]]:
     log = Log()
-    engine = Engine(session, log.emit, max_chunk_tokens=4)
+    engine = Engine(session, log.emit, policy)
     engine.start()
     try:
         yield engine, log

@@ -39,6 +39,7 @@ from pilotlight.artifact import (
 from pilotlight.config import HostSettings
 from pilotlight.engine.backend import EngineBackend
 from pilotlight.engine.fake import FakeSession, next_token
+from pilotlight.engine.policy import Policy
 from pilotlight.function import Function
 from pilotlight.metering.keyring import Keyring
 from pilotlight.metering.ledger import Ledger
@@ -131,7 +132,7 @@ async def serving(
     artifact: Artifact, directory: Path, session: FakeSession | None = None, max_queued_requests: int = 8
 ) -> AsyncIterator[Serving]:
     session = session or FakeSession(VOCAB_SIZE)
-    backend = EngineBackend(session, max_queued_requests, max_chunk_tokens=8)
+    backend = EngineBackend(session, max_queued_requests, Policy(max_chunk_tokens=8))
     metrics = Metrics()
     with (
         Ledger(directory / "usage.db") as ledger,

@@ -23,6 +23,7 @@ from pilotlight.cli import main
 from pilotlight.config import FunctionSettings, HostSettings, Settings
 from pilotlight.engine.backend import EngineBackend
 from pilotlight.engine.fake import FakeSession
+from pilotlight.engine.policy import Policy
 from pilotlight.function import Function
 from pilotlight.metering.keyring import Keyring
 from pilotlight.metering.keys import Limits
@@ -235,12 +236,18 @@ class TestServe:
         expected = "functions.toy.max_context_tokens is 65; the model's context is 64"
         assert failure("serve", "--config", "my.toml") == expected
 
+    def test_a_context_that_the_budget_cannot_hold(self, elsewhere: Path, toy_artifact: Artifact) -> None:
+        table = f"[functions.toy]\nartifact = '{toy_artifact.path}'\nmax_context_tokens = 60\nkv_budget_tokens = 59\n"
+        (elsewhere / "my.toml").write_text(f"[host]\nport = 0\n{table}")
+        expected = "functions.toy.kv_budget_tokens is 59; one request alone may need the 60 of max_context_tokens"
+        assert failure("serve", "--config", "my.toml") == expected
+
 
 class TestInvoke:
     @pytest.fixture(autouse=True)
     def on_a_fake_session(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def open_function(name: str, settings: FunctionSettings, host: HostSettings, ledger: Ledger) -> Function:
-            backend = EngineBackend(FakeSession(VOCAB_SIZE, settings.num_slots), 0, settings.max_chunk_tokens)
+            backend = EngineBackend(FakeSession(VOCAB_SIZE, settings.num_slots), 0, Policy.from_settings(settings))
             artifact = open_artifact(Path(settings.artifact))
             function = Function(name, artifact, backend, ledger, PriceTable.from_config(PRICES), max_context_tokens=64)
             backend.start()

@@ -89,8 +89,8 @@ class TokenEvent:
     """One generated token, or an end without a token. ``at`` is a monotonic instant in seconds.
 
     The event with a ``finish`` is the last one of its sequence. ``prefill_started_at`` is set on the first token. Where
-    a host moved a sequence, the first event after it says how many tokens were computed again. ``retry_after_s`` goes
-    with an error that may be over by then.
+    a sequence was moved or had to make room, the next event says how many tokens were computed again.
+    ``retry_after_s`` goes with an error that may be over by then.
     """
 
     token_id: int | None
@@ -115,3 +115,4 @@ class Signals:
     num_prefill_backlog_tokens: int
     kv_used_bytes: int
     kv_reserved_bytes: int
+    num_preemptions: int = 0

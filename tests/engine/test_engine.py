@@ -9,6 +9,7 @@ from collections.abc import Callable
 from engine_support import engine_on
 from pilotlight.engine.engine import Engine
 from pilotlight.engine.fake import FakeSession, next_token
+from pilotlight.engine.policy import Policy
 from pilotlight.request import FinishReason, SamplingParams, Sequence
 
 VOCAB_SIZE = 100
@@ -108,3 +109,41 @@ def test_closing_cancels_what_runs_and_what_waits() -> None:
         closing.join()
         log.wait_for_end("a", "b")
         assert {log.by_sequence[name][-1].finish for name in "ab"} == {FinishReason.CANCELLED}
+
+
+def test_a_cache_that_is_too_small_changes_no_tokens() -> None:
+    """Preemption, with penalties and random draws, which depend on what was generated before it."""
+    rng = random.Random(7)
+    sampling = SamplingParams(temperature=1.3, repetition_penalty=1.4, frequency_penalty=0.5, seed=5)
+    prompts = [tuple(rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, 12))) for _ in range(40)]
+    asked = [Sequence(f"s{n}", prompt, rng.randint(30, 45), sampling=sampling) for n, prompt in enumerate(prompts)]
+    for policy in (Policy(4, kv_budget_tokens=70), Policy(4, kv_budget_tokens=70, deterministic=True)):
+        tokens = []
+        for limits in (Policy(4), policy):
+            with engine_on(FakeSession(VOCAB_SIZE, num_slots=4), limits) as (engine, log):
+                for one in asked:
+                    engine.submit(one)
+                log.wait_for_end(*(one.id for one in asked))
+                tokens.append({one.id: log.tokens(one.id) for one in asked})
+                recomputed = sum(e.num_recomputed_tokens for events in log.by_sequence.values() for e in events)
+                assert (engine.signals().num_preemptions > 0) == (recomputed > 0) == (limits is policy)
+                assert engine.signals().kv_used_bytes == 0
+        assert tokens[0] == tokens[1]
+
+
+def test_an_answer_goes_on_where_another_engine_left_it() -> None:
+    sampling = SamplingParams(temperature=1.3, repetition_penalty=1.4, frequency_penalty=0.5, seed=5)
+    whole = Sequence("whole", (1, 2, 3), 20, sampling=sampling)
+    for policy in (Policy(4), Policy(4, deterministic=True)):
+        with engine_on(FakeSession(VOCAB_SIZE), policy) as (engine, log):
+            engine.submit(whole)
+            log.wait_for_end("whole")
+            tokens = log.tokens("whole")
+            for cut in (1, 2, 7, 19):
+                rest = Sequence(f"cut {cut}", (1, 2, 3), 20, sampling=sampling, emitted_ids=tuple(tokens[:cut]))
+                engine.submit(rest)
+                log.wait_for_end(rest.id)
+                assert log.tokens(rest.id) == tokens[cut:]
+                events = log.by_sequence[rest.id]
+                assert [event.prefill_started_at is None for event in events] == [False] + [True] * (19 - cut)
+                assert events[-1].finish is FinishReason.LENGTH

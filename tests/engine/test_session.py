@@ -6,6 +6,7 @@ import os
 import queue
 import random
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -17,6 +18,7 @@ from conftest import DEMO_MODEL
 from corpus import TASKS, held_out_turns, training_turns
 from pilotlight.artifact import Artifact
 from pilotlight.engine.engine import Engine, Event
+from pilotlight.engine.policy import Policy
 from pilotlight.engine.session import OnnxSession
 from pilotlight.request import SamplingParams, Sequence
 
@@ -24,6 +26,7 @@ pytestmark = pytest.mark.model
 
 CONTEXT = 512
 TURN_END = 2
+CHUNKS_OF_64 = Policy(max_chunk_tokens=64)
 NUM_THREADS = len(os.sched_getaffinity(0))
 
 
@@ -49,7 +52,9 @@ def chat(question: str) -> str:
     return f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
 
 
-def generate(session: OnnxSession, sequences: list[Sequence], joins: Iterable[int] = ()) -> dict[str, list[int]]:
+def generate(
+    session: OnnxSession, sequences: list[Sequence], joins: Iterable[int] = (), policy: Policy = CHUNKS_OF_64
+) -> dict[str, list[int]]:
     """Run sequences through an engine; ``joins`` says how many tokens to wait for before each submission."""
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
 
@@ -57,7 +62,7 @@ def generate(session: OnnxSession, sequences: list[Sequence], joins: Iterable[in
         for event in step:
             events.put(event)
 
-    engine = Engine(session, emit, max_chunk_tokens=64)
+    engine = Engine(session, emit, policy)
     engine.start()
     tokens: dict[str, list[int]] = {sequence.id: [] for sequence in sequences}
     pauses = iter(joins)
@@ -145,3 +150,18 @@ def test_moving_a_slot_changes_nothing(session: OnnxSession, prompts: list[list[
     moved = session.decode(prompt[100:101], np.array([100]))[0].copy()
     session.prefill(0, prompt[:100], 0)
     assert np.array_equal(session.decode(prompt[100:101], np.array([100]))[0], moved)
+
+
+def test_a_cache_that_is_too_small_changes_no_tokens(session: OnnxSession, prompts: list[list[int]]) -> None:
+    tight = Policy(max_chunk_tokens=64, kv_budget_tokens=CONTEXT + 100)
+    many = [greedy(f"p{index}", prompt, 60, frozenset()) for index, prompt in enumerate(prompts[8:])]
+    assert generate(session, many, policy=tight) == generate(session, many)
+
+
+def test_an_answer_goes_on_where_another_engine_left_it(session: OnnxSession, prompts: list[list[int]]) -> None:
+    sampling = SamplingParams(temperature=1.2, top_p=0.9, repetition_penalty=1.1, seed=3)
+    whole = Sequence("whole", tuple(prompts[3]), 50, frozenset(), sampling)
+    tokens = generate(session, [whole])["whole"]
+    for cut in (1, 17, 49):
+        rest = replace(whole, id="rest", emitted_ids=tuple(tokens[:cut]))
+        assert generate(session, [rest])["rest"] == tokens[cut:]

@@ -12,6 +12,7 @@ import pytest
 
 from fake_replicas import VOCAB_SIZE, FakeLauncher
 from pilotlight.engine.fake import next_token
+from pilotlight.engine.policy import Policy as EnginePolicy
 from pilotlight.errors import Draining, QueueFull, StartFailed
 from pilotlight.host.autoscaler import Policy, Sleep
 from pilotlight.host.machine import Machine
@@ -19,7 +20,7 @@ from pilotlight.host.pool import Pool, PoolSettings
 from pilotlight.host.wire import ReplicaSpec
 from pilotlight.request import FinishReason, SamplingParams, Sequence, TokenEvent
 
-SPEC = ReplicaSpec("f", "nowhere", 2, 64, 8, 1, None, 0.0)
+SPEC = ReplicaSpec("f", "nowhere", 2, 64, EnginePolicy(8), 1, None, 0.0)
 SETTINGS = PoolSettings("f", SPEC, Policy(2, sleep=Sleep.DEEP), 100, 100, max_queued_requests=4)
 
 

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 
 from pilotlight.engine.engine import Engine, Event
+from pilotlight.engine.policy import DEFAULT_POLICY, Policy
 from pilotlight.engine.session import Session
 from pilotlight.errors import QueueFull
 from pilotlight.request import Sequence, Signals, TokenEvent
@@ -14,8 +15,8 @@ from pilotlight.request import Sequence, Signals, TokenEvent
 class EngineBackend:
     """Sequences in, token events out, on the event loop that called ``start``."""
 
-    def __init__(self, session: Session, max_queued_requests: int, max_chunk_tokens: int) -> None:
-        self._engine = Engine(session, self._emit, max_chunk_tokens)
+    def __init__(self, session: Session, max_queued_requests: int, policy: Policy = DEFAULT_POLICY) -> None:
+        self._engine = Engine(session, self._emit, policy)
         self._max_queued_requests = max_queued_requests
         self._max_sequences = session.num_slots + max_queued_requests
         self._streams: dict[str, asyncio.Queue[TokenEvent]] = {}

@@ -6,13 +6,16 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
 import numpy as np
 
 from pilotlight.engine.logprobs import keep_asked, token_logprobs
+from pilotlight.engine.pace import Pace
+from pilotlight.engine.policy import DEFAULT_POLICY, Policy
 from pilotlight.engine.sampler import SamplingRow, sample
-from pilotlight.engine.scheduler import Active, PrefillChunk, Scheduler, StepPlan
+from pilotlight.engine.scheduler import Active, PrefillChunk, Scheduler, SlotMove, StepPlan
 from pilotlight.engine.session import Logits, Session
 from pilotlight.request import FinishReason, Sequence, Signals, TokenEvent, TokenLogprobs
 
@@ -20,6 +23,8 @@ Event = tuple[str, TokenEvent]
 Emit = Callable[[list[Event]], None]
 Chosen = tuple[int, TokenLogprobs | None]
 """A token, and how likely the model held it where that was asked for."""
+Outcome = Chosen | Exception | None
+"""What a run gave a sequence; None: nothing new."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +47,12 @@ class Engine:
     ``emit`` is called on the engine's thread, once a step, with that step's events in order.
     """
 
-    def __init__(self, session: Session, emit: Emit, max_chunk_tokens: int = 128) -> None:
+    def __init__(self, session: Session, emit: Emit, policy: Policy = DEFAULT_POLICY) -> None:
+        assert session.num_slots > 1 or not policy.deterministic
         self._session = session
         self._emit = emit
-        self._scheduler = Scheduler(session.num_slots, max_chunk_tokens)
+        self._pace = Pace(policy.max_inter_token_ms, session.has_batch_graph)
+        self._scheduler = Scheduler(session.num_slots, policy, self._pace)
         self._inbox: queue.SimpleQueue[_Submit | _Abort | _Close] = queue.SimpleQueue()
         self._sampling: dict[str, SamplingRow] = {}
         self._prefill_started_at: dict[str, float] = {}
@@ -61,8 +68,10 @@ class Engine:
         self._thread.join()
 
     def submit(self, sequence: Sequence) -> None:
-        """Hand a sequence over. Its prompt and its new tokens must fit into a slot."""
-        assert 0 < len(sequence.prompt_ids) + sequence.max_new_tokens <= self._session.max_context_tokens + 1
+        """Hand a sequence over. Its prompt and its new tokens must fit into a slot, and into the cache's budget."""
+        num_tokens = len(sequence.prompt_ids) + sequence.max_new_tokens - 1
+        assert 0 <= num_tokens <= min(self._session.max_context_tokens, self._scheduler.max_cached_tokens)
+        assert len(sequence.emitted_ids) < sequence.max_new_tokens
         self._inbox.put(_Submit(sequence))
 
     def abort(self, sequence_id: str) -> None:
@@ -109,38 +118,55 @@ class Engine:
 
         Letting go moves slots, by the number of tokens that each of them holds.
         """
-        outcomes = list(zip(plan.decode, self._decode(plan.decode), strict=True)) if plan.decode else []
-        for active, chosen in outcomes:
-            if not isinstance(chosen, Exception):
-                self._scheduler.commit_decode(active, chosen[0])
+        self._move(plan.moves)
+        outcomes: list[tuple[Active, Outcome]] = []
+        if plan.decode:
+            outcomes += zip(plan.decode, self._decode(plan), strict=True)
+            for active, chosen in outcomes:
+                if not isinstance(chosen, Exception):
+                    self._scheduler.commit_decode(active, chosen and chosen[0])
         if plan.prefill is not None:
             first = self._prefill(plan.prefill)
             if not isinstance(first, Exception):
                 self._scheduler.commit_prefill(plan.prefill, first and first[0])
-            if first is not None:
-                outcomes.append((plan.prefill.active, first))
+            outcomes.append((plan.prefill.active, first))
         now = time.monotonic()
-        return [self._event(active, chosen, now) for active, chosen in outcomes]
+        return [self._event(active, chosen, now) for active, chosen in outcomes if chosen is not None]
 
-    def _decode(self, actives: tuple[Active, ...]) -> list[Chosen | Exception]:
-        token_ids = np.array([active.tokens[-1] for active in actives], np.int64)
-        past_tokens = np.array([active.num_cached for active in actives], np.int64)
+    def _decode(self, plan: StepPlan) -> Items[Outcome]:
+        tokens = [active.next_token for active in plan.decode]
+        pasts = [active.num_cached for active in plan.decode]
+        if plan.padding is not None:
+            tokens.append(0)
+            pasts.append(plan.padding)
+        started_at = time.perf_counter()
         try:
-            logits = self._session.decode(token_ids, past_tokens)
-            return [*self._sample(logits, actives)]
+            logits = self._session.decode(np.array(tokens, np.int64), np.array(pasts, np.int64), plan.graph)
+            self._pace.observe_decode(plan.graph, len(tokens), time.perf_counter() - started_at)
+            return self._sample_new(logits[: len(plan.decode)], plan.decode)
         except Exception as error:  # noqa: BLE001 - a failed run must end its sequences, not the engine
-            return [error] * len(actives)
+            return [error] * len(plan.decode)
 
-    def _prefill(self, chunk: PrefillChunk) -> Chosen | Exception | None:
-        active = chunk.active
-        self._prefill_started_at.setdefault(active.sequence.id, time.monotonic())
-        end = active.num_cached + chunk.num_tokens
-        token_ids = np.array(active.tokens[active.num_cached : end], np.int64)
+    def _prefill(self, chunk: PrefillChunk) -> Outcome:
+        self._prefill_started_at.setdefault(chunk.active.sequence.id, time.monotonic())
+        started_at = time.perf_counter()
         try:
-            logits = self._session.prefill(chunk.slot, token_ids, active.num_cached)
-            return self._sample(logits, (active,))[0] if chunk.completes_prompt else None
+            logits = self._session.prefill(chunk.slot, np.array(chunk.token_ids, np.int64), chunk.past_tokens)
+            self._pace.observe_prefill(chunk.num_tokens, time.perf_counter() - started_at)
+            return self._sample(logits, (chunk.active,))[0] if chunk.gives_token else None
         except Exception as error:  # noqa: BLE001 - as above
             return error
+
+    def _sample_new(self, logits: Logits, actives: tuple[Active, ...]) -> Items[Outcome]:
+        """Sample for those whose next token is not known yet."""
+        if not any(active.replays for active in actives):
+            return self._sample(logits, actives)
+        new = [row for row, active in enumerate(actives) if not active.replays]
+        outcomes: list[Outcome] = [None] * len(actives)
+        if new:
+            for row, chosen in zip(new, self._sample(logits[new], tuple(actives[row] for row in new)), strict=True):
+                outcomes[row] = chosen
+        return outcomes
 
     def _sample(self, logits: Logits, actives: tuple[Active, ...]) -> list[Chosen]:
         rows = [self._sampling_row(active, logits.shape[1]) for active in actives]
@@ -164,25 +190,33 @@ class Engine:
         if isinstance(chosen, Exception):
             failure = f"{type(chosen).__name__}: {chosen}"
             return self._end(active, TokenEvent(None, now, FinishReason.ERROR, error=failure))
-        started_at = self._prefill_started_at[active.sequence.id] if active.num_generated == 1 else None
+        is_first = active.num_generated == len(active.sequence.emitted_ids) + 1
+        started_at = self._prefill_started_at[active.sequence.id] if is_first else None
         token_id, logprobs = chosen
-        event = TokenEvent(token_id, now, active.finish, started_at, logprobs=logprobs)
+        recomputed, active.num_recomputed = active.num_recomputed, 0
+        event = TokenEvent(
+            token_id, now, active.finish, started_at, logprobs=logprobs, num_recomputed_tokens=recomputed
+        )
         return self._end(active, event) if event.finish else (active.sequence.id, event)
 
     def _end(self, active: Active, event: TokenEvent) -> Event:
-        for move in self._scheduler.remove(active):
-            self._session.move(move.source, move.target, move.num_tokens)
+        self._move(self._scheduler.remove(active))
         self._sampling.pop(active.sequence.id, None)
         self._prefill_started_at.pop(active.sequence.id, None)
         return active.sequence.id, event
+
+    def _move(self, moves: Items[SlotMove]) -> None:
+        for move in moves:
+            self._session.move(move.source, move.target, move.num_tokens)
 
     def _measure(self) -> Signals:
         scheduler, session = self._scheduler, self._session
         return Signals(
             num_waiting=len(scheduler.waiting),
-            num_running=len(scheduler) - len(scheduler.waiting),
+            num_running=scheduler.num_in_slots,
             num_slots=session.num_slots,
             num_prefill_backlog_tokens=scheduler.num_prefill_backlog_tokens,
             kv_used_bytes=scheduler.num_cached_tokens * session.kv_bytes_per_token,
             kv_reserved_bytes=session.num_slots * session.max_context_tokens * session.kv_bytes_per_token,
+            num_preemptions=scheduler.num_preemptions,
         )

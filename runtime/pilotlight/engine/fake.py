@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from pilotlight.engine.pace import DecodeGraph
 from pilotlight.engine.session import Ids, Logits
 
 
@@ -27,11 +28,13 @@ class FakeSession:
         num_slots: int = 4,
         max_context_tokens: int = 64,
         before_run: Callable[[], object] = lambda: None,
+        has_batch_graph: bool = False,
     ) -> None:
         self.vocab_size = vocab_size
         self.num_slots = num_slots
         self.max_context_tokens = max_context_tokens
         self.kv_bytes_per_token = 8
+        self.has_batch_graph = has_batch_graph
         self.before_run = before_run
         self.slots: list[list[int]] = [[] for _ in range(num_slots)]
         self.num_runs = 0
@@ -41,7 +44,8 @@ class FakeSession:
         self._append(slot, token_ids.tolist(), past_tokens)
         return self._logits([self.slots[slot]])
 
-    def decode(self, token_ids: Ids, past_tokens: Ids) -> Logits:
+    def decode(self, token_ids: Ids, past_tokens: Ids, graph: DecodeGraph = DecodeGraph.MAIN) -> Logits:
+        assert self.has_batch_graph or graph is DecodeGraph.MAIN
         self._begin()
         for slot, (token_id, past) in enumerate(zip(token_ids.tolist(), past_tokens.tolist(), strict=True)):
             self._append(slot, [token_id], past)

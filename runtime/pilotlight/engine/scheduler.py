@@ -7,23 +7,41 @@ nothing. When a running sequence leaves, the last one takes its slot, and the pr
 
 from __future__ import annotations
 
-from collections import deque
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from pilotlight.engine.fair_queue import FairQueue
+from pilotlight.engine.pace import DecodeGraph, Pace
+from pilotlight.engine.policy import Policy
 from pilotlight.request import FinishReason, Sequence
+
+HEADROOM_STEPS = 16
+"""What is admitted finds room in the cache for so many steps of everybody, or it would be preempted again at once."""
 
 
 @dataclass(eq=False, slots=True)
 class Active:
-    """A sequence in the engine: its tokens so far, and how many of them the cache holds."""
+    """A sequence in the engine: its tokens so far, and how many of them the cache holds.
+
+    ``num_to_prefill`` tokens are read as a prompt; known tokens behind them are replayed one a step. ``order`` counts
+    admissions. ``num_recomputed`` counts tokens that were computed again, since the last event said so.
+    """
 
     sequence: Sequence
     tokens: list[int] = field(default_factory=list)
     num_cached: int = 0
+    num_to_prefill: int = 0
+    order: int | None = None
+    num_lost: int = 0
+    num_recomputed: int = 0
 
     def __post_init__(self) -> None:
         self.tokens = [*self.sequence.prompt_ids, *self.sequence.emitted_ids]
+
+    @property
+    def tenant(self) -> str | None:
+        return self.sequence.tenant
 
     @property
     def num_generated(self) -> int:
@@ -32,6 +50,16 @@ class Active:
     @property
     def num_uncached(self) -> int:
         return len(self.tokens) - self.num_cached
+
+    @property
+    def next_token(self) -> int:
+        """The token that its next decode step runs on."""
+        return self.tokens[self.num_cached]
+
+    @property
+    def replays(self) -> bool:
+        """Whether the next decode step gives a token that is known already."""
+        return self.num_uncached > 1
 
     @property
     def finish(self) -> FinishReason | None:
@@ -45,26 +73,28 @@ class Active:
 
 @dataclass(frozen=True, slots=True)
 class PrefillChunk:
-    """The next ``num_tokens`` of a prompt, behind the ``active.num_cached`` tokens that its slot holds."""
+    """``num_tokens`` of a prompt, behind the ``past_tokens`` that its slot holds."""
 
     active: Active
     slot: int
+    past_tokens: int
     num_tokens: int
 
     @property
+    def end(self) -> int:
+        return self.past_tokens + self.num_tokens
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.active.tokens[self.past_tokens : self.end]
+
+    @property
     def completes_prompt(self) -> bool:
-        return self.num_tokens == self.active.num_uncached
+        return self.end == self.active.num_to_prefill
 
-
-@dataclass(frozen=True, slots=True)
-class StepPlan:
-    """One step: a decode run over slots 0 to B - 1, and a prefill run of one slot beside it."""
-
-    decode: tuple[Active, ...]
-    prefill: PrefillChunk | None
-
-    def __bool__(self) -> bool:
-        return bool(self.decode) or self.prefill is not None
+    @property
+    def gives_token(self) -> bool:
+        return self.end == len(self.active.tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,18 +104,42 @@ class SlotMove:
     num_tokens: int
 
 
-class Scheduler:
-    """First come, first served; running sequences decode in every step, one waiting prompt is prefilled in chunks."""
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step: slots to move first, then a decode run over slots 0 to B - 1, and a prefill run of one slot beside it.
 
-    def __init__(self, num_slots: int, max_chunk_tokens: int) -> None:
+    ``padding``: a second row, for a decode run of one, which holds so many tokens; its result means nothing.
+    """
+
+    moves: tuple[SlotMove, ...] = ()
+    decode: tuple[Active, ...] = ()
+    graph: DecodeGraph = DecodeGraph.MAIN
+    padding: int | None = None
+    prefill: PrefillChunk | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.decode) or self.prefill is not None
+
+
+class Scheduler:
+    """Running sequences decode in every step, one waiting prompt is prefilled in chunks; tenants take turns.
+
+    When the cache's budget runs out, the youngest sequence makes room and is computed again later, so the oldest one
+    always gets on.
+    """
+
+    def __init__(self, num_slots: int, policy: Policy, pace: Pace) -> None:
         self.num_slots = num_slots
-        self.max_chunk_tokens = max_chunk_tokens
-        self.waiting: deque[Active] = deque()
+        self.policy = policy
+        self.pace = pace
+        self.waiting: FairQueue[Active] = FairQueue()
         self.running: list[Active] = []
         self.prefilling: Active | None = None
+        self.num_preemptions = 0
+        self._num_admitted = 0
 
     def __len__(self) -> int:
-        return sum(1 for _ in self)
+        return len(self.waiting) + self.num_in_slots
 
     def __iter__(self) -> Iterator[Active]:
         yield from self.running
@@ -94,8 +148,26 @@ class Scheduler:
         yield from self.waiting
 
     @property
+    def max_cached_tokens(self) -> int:
+        """The longest that one sequence may become in the cache."""
+        budget = self.policy.kv_budget_tokens
+        return sys.maxsize if budget is None else budget
+
+    @property
+    def num_in_slots(self) -> int:
+        return len(self.running) + (self.prefilling is not None)
+
+    @property
     def num_cached_tokens(self) -> int:
-        return sum(active.num_cached for active in self)
+        return sum(active.num_cached for active in self.running) + (
+            self.prefilling.num_cached if self.prefilling else 0
+        )
+
+    @property
+    def num_committed_tokens(self) -> int:
+        """The tokens that slots hold after the next step, a prompt that has been begun counted whole."""
+        prompt = len(self.prefilling.tokens) if self.prefilling else 0
+        return sum(active.num_cached + 1 for active in self.running) + prompt
 
     @property
     def num_prefill_backlog_tokens(self) -> int:
@@ -103,28 +175,32 @@ class Scheduler:
         return backlog + (self.prefilling.num_uncached if self.prefilling else 0)
 
     def add(self, active: Active) -> None:
-        self.waiting.append(active)
+        self.waiting.add(active)
 
     def schedule(self) -> StepPlan:
-        """Decide the next step; admits the first waiting sequence when a slot is free and no prompt is half done."""
-        if self.prefilling is None and self.waiting and len(self.running) < self.num_slots:
-            self.prefilling = self.waiting.popleft()
-        chunk = None
-        if self.prefilling is not None:
-            num_tokens = min(self.prefilling.num_uncached, self.max_chunk_tokens)
-            chunk = PrefillChunk(self.prefilling, len(self.running), num_tokens)
-        return StepPlan(tuple(self.running), chunk)
+        """Decide the next step: who has to make room, who is admitted, and what runs."""
+        moves = self._make_room()
+        self._admit()
+        num_rows = len(self.running)
+        padding = None
+        if self.policy.deterministic and num_rows == 1:
+            # what a prefill has written there stays valid: its next chunk begins where the padding wrote
+            padding = self.prefilling.num_cached if self.prefilling else 0
+        return StepPlan(tuple(moves), tuple(self.running), self._graph(), padding, self._chunk())
 
-    def commit_decode(self, active: Active, token_id: int) -> None:
-        """Take over the token that a decode run gave: its predecessor is cached now."""
+    def commit_decode(self, active: Active, token_id: int | None) -> None:
+        """Take over what a decode run gave: its token is cached now, and the next one new, unless it was known."""
         active.num_cached += 1
-        active.tokens.append(token_id)
+        self.waiting.charge(active.tenant, 1)
+        if token_id is not None:
+            active.tokens.append(token_id)
 
     def commit_prefill(self, chunk: PrefillChunk, token_id: int | None) -> None:
-        """Take over a prefilled chunk; the one that completes the prompt brings the first token along."""
-        chunk.active.num_cached += chunk.num_tokens
+        """Take over a prefilled chunk; the one that completes the prompt brings the next token along, unless known."""
+        chunk.active.num_cached = chunk.end
         if token_id is not None:
             chunk.active.tokens.append(token_id)
+        if chunk.completes_prompt:
             self.running.append(chunk.active)
             self.prefilling = None
 
@@ -137,6 +213,67 @@ class Scheduler:
         else:
             self.waiting.remove(active)
         return []
+
+    def _graph(self) -> DecodeGraph:
+        if not self.policy.deterministic:
+            return self.pace.graph_for(len(self.running))
+        batches = self.pace.has_batch_graph and self.num_slots >= self.pace.min_batch_rows
+        return DecodeGraph.BATCH if batches else DecodeGraph.MAIN
+
+    def _chunk(self) -> PrefillChunk | None:
+        active = self.prefilling
+        if active is None:
+            return None
+        past, largest = active.num_cached, self.policy.max_chunk_tokens
+        if self.policy.deterministic:
+            end = past - past % largest + largest
+        else:
+            end = past + self.pace.chunk_tokens(len(self.running), largest)
+        end = min(end, active.num_to_prefill)
+        if end - past == 1 and past > 0:
+            past -= 1  # one token alone takes other kernels, which round otherwise: it goes with the one before it
+        return PrefillChunk(active, len(self.running), past, end - past)
+
+    def _admit(self) -> None:
+        """Admit the sequence whose turn it is, when a slot is free, no prompt is half done, and the cache has room."""
+        if self.prefilling is not None or len(self.running) >= self.num_slots:
+            return
+        active = self.waiting.peek()
+        if active is None or not self._has_room(active):
+            return
+        self.waiting.remove(active)
+        if active.order is None:
+            active.order = self._num_admitted
+            self._num_admitted += 1
+            self.waiting.charge(active.tenant, len(active.tokens))
+        known = active.sequence.prompt_ids if self.policy.deterministic else active.tokens
+        active.num_to_prefill = len(known)
+        active.num_recomputed += active.num_lost
+        active.num_lost = 0
+        self.prefilling = active
+
+    def _has_room(self, active: Active) -> bool:
+        if self.policy.kv_budget_tokens is None or not self.running:
+            return True
+        growth = HEADROOM_STEPS * (len(self.running) + 1)
+        return self.num_committed_tokens + len(active.tokens) + growth <= self.policy.kv_budget_tokens
+
+    def _make_room(self) -> list[SlotMove]:
+        moves: list[SlotMove] = []
+        budget = self.policy.kv_budget_tokens
+        while budget is not None and self.num_committed_tokens > budget and self.num_in_slots > 1:
+            moves += self._preempt()
+        return moves
+
+    def _preempt(self) -> list[SlotMove]:
+        """Send the youngest sequence back to the front of its queue."""
+        in_slots = [*self.running, *([self.prefilling] if self.prefilling else [])]
+        youngest = max(in_slots, key=lambda active: active.order or 0)
+        moves = self.remove(youngest)
+        youngest.num_lost, youngest.num_cached = youngest.num_cached, 0
+        self.waiting.add_front(youngest)
+        self.num_preemptions += 1
+        return moves
 
     def _vacate(self, slot: int) -> list[SlotMove]:
         moves = []

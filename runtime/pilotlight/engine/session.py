@@ -14,15 +14,13 @@ from numpy.typing import NDArray
 
 from pilotlight.artifact import GRAPH, PREFILL_GRAPH, WEIGHTS, Artifact, Manifest, Shapes
 from pilotlight.engine.graph_cache import GraphCache
+from pilotlight.engine.pace import DecodeGraph
 from pilotlight.engine.slots import KV_DTYPES, KvCache
 from pilotlight.engine.weight_alignment import ALIGNMENT_BYTES, align_weights
 from pilotlight.errors import ArtifactError
 
 Ids = NDArray[np.int64]
 Logits = NDArray[np.float32]
-
-MIN_BATCH_ROWS = 4
-"""From so many rows on, a decode step of a hybrid runs on its prefill graph; docs/quantization.md has the speeds."""
 
 KEPT_BY = f"onnxruntime {ort.__version__}, weights at multiples of {ALIGNMENT_BYTES}"
 
@@ -33,12 +31,16 @@ class Session(Protocol):
     num_slots: int
     max_context_tokens: int
     kv_bytes_per_token: int
+    has_batch_graph: bool
 
     def prefill(self, slot: int, token_ids: Ids, past_tokens: int) -> Logits:
         """Run a chunk [T] of one slot's prompt behind its ``past_tokens``; return the last position's logits [1, V]."""
 
-    def decode(self, token_ids: Ids, past_tokens: Ids) -> Logits:
-        """Run one token [B] for each of the first B slots, each behind its own past [B]; return logits [B, V]."""
+    def decode(self, token_ids: Ids, past_tokens: Ids, graph: DecodeGraph = DecodeGraph.MAIN) -> Logits:
+        """Run one token [B] for each of the first B slots, each behind its own past [B]; return logits [B, V].
+
+        A session without a batch graph runs everything on its main one.
+        """
 
     def move(self, source: int, target: int, num_tokens: int) -> None:
         """Copy a slot's cache over another slot's."""
@@ -73,13 +75,14 @@ class OnnxSession:
         names = [name for name in (GRAPH, PREFILL_GRAPH) if name in manifest.files]
         graphs = [_Graph(_load(artifact, name, num_threads, kept), self._cache, manifest.shapes) for name in names]
         self._graph, self._prefill_graph = graphs[0], graphs[-1]
+        self.has_batch_graph = len(graphs) > 1
 
     def prefill(self, slot: int, token_ids: Ids, past_tokens: int) -> Logits:
         return self._prefill_graph.prefill(slot, token_ids, past_tokens)
 
-    def decode(self, token_ids: Ids, past_tokens: Ids) -> Logits:
-        graph = self._prefill_graph if len(token_ids) >= MIN_BATCH_ROWS else self._graph
-        return graph.decode(token_ids, past_tokens)
+    def decode(self, token_ids: Ids, past_tokens: Ids, graph: DecodeGraph = DecodeGraph.MAIN) -> Logits:
+        chosen = self._prefill_graph if graph is DecodeGraph.BATCH else self._graph
+        return chosen.decode(token_ids, past_tokens)
 
     def move(self, source: int, target: int, num_tokens: int) -> None:
         self._cache.move(source, target, num_tokens)

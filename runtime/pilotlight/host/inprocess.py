@@ -9,6 +9,7 @@ from pathlib import Path
 from pilotlight.artifact import open_artifact
 from pilotlight.config import FunctionSettings, HostSettings
 from pilotlight.engine.backend import EngineBackend
+from pilotlight.engine.policy import Policy
 from pilotlight.engine.session import OnnxSession
 from pilotlight.function import Function, Observer, UsageLedger
 from pilotlight.host.sizing import max_context_tokens, num_cores
@@ -30,8 +31,9 @@ def open_function(
     context = max_context_tokens(name, settings, artifact)
     num_threads = settings.num_threads or num_cores()
     cache_dir = Path(host.cache_dir).expanduser() if host.cache_dir else None
-    session = OnnxSession(artifact, settings.num_slots, context, num_threads, cache_dir)
-    backend = EngineBackend(session, settings.max_queued_requests, settings.max_chunk_tokens)
+    policy = Policy.from_settings(settings)
+    session = OnnxSession(artifact, policy.num_slots(settings.num_slots), context, num_threads, cache_dir)
+    backend = EngineBackend(session, settings.max_queued_requests, policy)
     function = Function(
         name,
         artifact,

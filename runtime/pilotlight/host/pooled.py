@@ -8,6 +8,7 @@ from pathlib import Path
 from pilotlight.api.metrics import Metrics
 from pilotlight.artifact import Artifact, open_artifact
 from pilotlight.config import FunctionSettings, HostSettings
+from pilotlight.engine.policy import Policy as EnginePolicy
 from pilotlight.function import Function, UsageLedger
 from pilotlight.host.autoscaler import Policy, Sleep
 from pilotlight.host.link import Launcher
@@ -66,20 +67,22 @@ def _pool_settings(
     name: str, settings: FunctionSettings, host: HostSettings, artifact: Artifact, context: int
 ) -> PoolSettings:
     directory = cache_dir(host)
+    of_engine = EnginePolicy.from_settings(settings)
+    num_slots = of_engine.num_slots(settings.num_slots)
     return PoolSettings(
         name=name,
         spec=ReplicaSpec(
             replica_id=name,
             artifact=str(artifact.path.resolve()),
-            num_slots=settings.num_slots,
+            num_slots=num_slots,
             max_context_tokens=context,
-            max_chunk_tokens=settings.max_chunk_tokens,
+            policy=of_engine,
             num_threads=settings.num_threads or num_cores(),
             cache_dir=str(directory) if directory is not None else None,
             asked_at=0.0,
         ),
         policy=Policy(
-            num_slots=settings.num_slots,
+            num_slots=num_slots,
             min_replicas=settings.min_replicas,
             max_replicas=max(settings.max_replicas, settings.min_replicas),
             idle_timeout_s=settings.idle_timeout_s,
@@ -87,7 +90,7 @@ def _pool_settings(
             light_timeout_s=settings.light_timeout_s,
         ),
         weights_bytes=weights_bytes(artifact),
-        kv_bytes=kv_bytes(artifact, settings.num_slots, context),
+        kv_bytes=kv_bytes(artifact, num_slots, context),
         max_queued_requests=settings.max_queued_requests,
         max_queued_tokens=settings.max_queued_tokens,
         hang_ticks=max(1, round(host.hang_timeout_s)),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pilotlight.artifact import open_artifact
 from pilotlight.engine.engine import Engine, Event
+from pilotlight.engine.policy import Policy
 from pilotlight.engine.session import OnnxSession, Session
 from pilotlight.errors import PilotlightError
 from pilotlight.host.wire import Abort, Beat, BlockingWire, Close, Failed, ReplicaSpec, Stages, Started, Step, Submit
@@ -58,7 +59,7 @@ def run(spec: ReplicaSpec, connection: socket.socket) -> None:
 def serve(wire: BlockingWire, session: Session, spec: ReplicaSpec, stages: Stages) -> None:
     """Report the start, then carry messages to the engine, and its events back."""
     threading.excepthook = _end_process
-    outbox = Outbox(wire, session, spec.max_chunk_tokens)
+    outbox = Outbox(wire, session, spec.policy)
     engine = outbox.engine
     engine.start()
     wire.send(Started(os.getpid(), stages))
@@ -77,8 +78,8 @@ def serve(wire: BlockingWire, session: Session, spec: ReplicaSpec, stages: Stage
 class Outbox:
     """The engine's events on their way to the host."""
 
-    def __init__(self, wire: BlockingWire, session: Session, max_chunk_tokens: int) -> None:
-        self.engine = Engine(session, self._emit, max_chunk_tokens)
+    def __init__(self, wire: BlockingWire, session: Session, policy: Policy) -> None:
+        self.engine = Engine(session, self._emit, policy)
         self._wire = wire
         self._num_steps = 0
         self._next_beat_at = 0.0
@@ -103,7 +104,7 @@ def _warm_up(spec: ReplicaSpec, session: Session) -> float:
         return 0.0
     begun_at = time.monotonic()
     done = threading.Event()
-    engine = Engine(session, lambda events: done.set() if any(e.finish for _, e in events) else None)
+    engine = Engine(session, lambda events: done.set() if any(e.finish for _, e in events) else None, spec.policy)
     engine.start()
     engine.submit(Sequence("warm-up", (0,), spec.num_warm_up_tokens))
     done.wait()

@@ -24,14 +24,20 @@ def max_context_tokens(name: str, settings: FunctionSettings, artifact: Artifact
     """Return how long prompt and answer may be together.
 
     Raises:
-        ConfigError: the settings want more than the model can.
+        ConfigError: the settings want more than the model or its cache can.
     """
     longest = artifact.manifest.shapes.max_context_tokens
+    budget = settings.kv_budget_tokens
     if settings.max_context_tokens is None:
-        return min(longest, DEFAULT_MAX_CONTEXT_TOKENS)
+        return min(longest, DEFAULT_MAX_CONTEXT_TOKENS, budget or longest)
     if settings.max_context_tokens > longest:
         raise ConfigError(
             f"functions.{name}.max_context_tokens is {settings.max_context_tokens}; the model's context is {longest}"
+        )
+    if budget is not None and budget < settings.max_context_tokens:
+        raise ConfigError(
+            f"functions.{name}.kv_budget_tokens is {budget}; one request alone may need the "
+            f"{settings.max_context_tokens} of max_context_tokens"
         )
     return settings.max_context_tokens
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 import msgspec
 
+from pilotlight.engine.policy import Policy
 from pilotlight.request import Sequence, Signals, TokenEvent
 
 MAX_FRAME_BYTES = 64 * 1024 * 1024
@@ -42,7 +43,7 @@ class ReplicaSpec(msgspec.Struct, array_like=True, frozen=True):
     artifact: str
     num_slots: int
     max_context_tokens: int
-    max_chunk_tokens: int
+    policy: Policy
     num_threads: int
     cache_dir: str | None
     asked_at: float
