@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -204,3 +205,18 @@ def test_memory_of_a_process_is_anonymous_and_mapped() -> None:
     after = resident(os.getpid())
     assert after.anonymous_mib - before.anonymous_mib > 50, len(held)
     assert before.mapped_mib > 1
+
+
+def test_memory_that_forked_processes_share_is_counted_once() -> None:
+    script = (
+        "import os, sys; held = bytearray(os.urandom(1) * (64 << 20)); child = os.fork()\n"
+        "if child: print(flush=True)\n"
+        "sys.stdin.read(); os.waitpid(child, 0) if child else None"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdout.readline()
+        shared = resident(process.pid)
+        process.stdin.close()
+    assert 64 < shared.anonymous_mib < 110
