@@ -21,6 +21,9 @@ demo: $(DEMO_ARTIFACT)/manifest.json  ## export the demo model, serve it, stream
 test: $(VENV)/ready  ## run the whole test suite
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+soak: $(VENV)/ready  ## run the long fault runs, about ten minutes each
+	@$(BIN)/python -m pytest -m soak -s $(PYTEST_ARGS)
+
 check: $(VENV)/ready  ## lint and types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
@@ -68,4 +71,4 @@ $(VENV)/ready: pyproject.toml
 	@$(PIP) install --editable '.[cpu,export,dev]'
 	@touch $@
 
-.PHONY: help demo test check export bench demo-model package clean
+.PHONY: help demo test soak check export bench demo-model package clean

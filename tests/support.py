@@ -17,6 +17,7 @@ from starlette.types import ASGIApp
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from pilotlight.api.app import Api
+from pilotlight.api.idempotency import KeptAnswers
 from pilotlight.api.metrics import Metrics
 from pilotlight.api.response_store import ResponseStore
 from pilotlight.artifact import (
@@ -129,7 +130,13 @@ class Serving:
 
 @asynccontextmanager
 async def serving(
-    artifact: Artifact, directory: Path, session: FakeSession | None = None, max_queued_requests: int = 8
+    artifact: Artifact,
+    directory: Path,
+    session: FakeSession | None = None,
+    max_queued_requests: int = 8,
+    resume_window_s: float = 30.0,
+    max_kept_answer_bytes: int = 1_000_000,
+    resumes_all_streams: bool = False,
 ) -> AsyncIterator[Serving]:
     session = session or FakeSession(VOCAB_SIZE)
     backend = EngineBackend(session, max_queued_requests, Policy(max_chunk_tokens=8))
@@ -144,14 +151,18 @@ async def serving(
             "toy", artifact, backend, ledger, prices, max_context_tokens=session.max_context_tokens, observer=metrics
         )
         backend.start()
+        kept_answers = KeptAnswers(
+            ledger, resume_window_s, 3600, max_kept_answer_bytes, resumes_all_streams=resumes_all_streams
+        )
         metrics.watch({"toy": function})
-        app = Api({"toy": function}, ledger, metrics, MAX_BODY_BYTES, responses, keyring).app()
+        app = Api({"toy": function}, ledger, metrics, MAX_BODY_BYTES, responses, keyring, kept_answers).app()
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         try:
             async with httpx.AsyncClient(transport=transport, base_url="http://toy") as client:
                 yield Serving(app, client, function, ledger, session)
         finally:
             await function.close()
+            await kept_answers.close()
 
 
 def expected_tokens(

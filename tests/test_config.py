@@ -56,6 +56,8 @@ def test_an_unknown_variable_is_an_error() -> None:
         "PILOTLIGHT_LEDGER, PILOTLIGHT_MAX_BODY_BYTES, PILOTLIGHT_CACHE_DIR, PILOTLIGHT_RESPONSE_STORE, "
         "PILOTLIGHT_RESPONSE_TTL_S, PILOTLIGHT_MAX_STORED_RESPONSE_BYTES, PILOTLIGHT_DRAIN_TIMEOUT_S, "
         "PILOTLIGHT_MEMORY_BUDGET_MB, PILOTLIGHT_HANG_TIMEOUT_S, "
+        "PILOTLIGHT_RESUME_WINDOW_S, PILOTLIGHT_RESUMABLE_STREAMS, PILOTLIGHT_IDEMPOTENCY_TTL_S, "
+        "PILOTLIGHT_MAX_KEPT_ANSWER_BYTES, "
         "PILOTLIGHT_ARTIFACT, PILOTLIGHT_CONFIG, PILOTLIGHT_INVOKE_MODE, PILOTLIGHT_LEDGER_TABLE"
     )
     assert load_settings(None, {"PILOTLIGHT_ARTIFACT": "demo"}).host == HostSettings()
@@ -74,11 +76,15 @@ def test_every_host_setting_has_its_variable() -> None:
         "PILOTLIGHT_DRAIN_TIMEOUT_S": "0.5",
         "PILOTLIGHT_MEMORY_BUDGET_MB": "100",
         "PILOTLIGHT_HANG_TIMEOUT_S": "5",
+        "PILOTLIGHT_RESUME_WINDOW_S": "2",
+        "PILOTLIGHT_RESUMABLE_STREAMS": "all",
+        "PILOTLIGHT_IDEMPOTENCY_TTL_S": "3",
+        "PILOTLIGHT_MAX_KEPT_ANSWER_BYTES": "4",
     }
     names = {f"PILOTLIGHT_{field.name.upper()}" for field in msgspec.structs.fields(HostSettings)}
     assert names == environment.keys()
     assert load_settings(None, environment).host == HostSettings(
-        "localhost", 0, "other.db", 10, "", "responses.db", 60.0, 20, 0.5, 100, 5.0
+        "localhost", 0, "other.db", 10, "", "responses.db", 60.0, 20, 0.5, 100, 5.0, 2, "all", 3, 4
     )
 
 

@@ -41,6 +41,10 @@ class HostSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     drain_timeout_s: Annotated[float, Meta(ge=0, le=3600)] = 10.0
     memory_budget_mb: Annotated[int, Meta(ge=0)] = 0
     hang_timeout_s: Annotated[float, Meta(ge=1, le=3600)] = 30.0
+    resume_window_s: Annotated[float, Meta(gt=0, le=3600)] = 30.0
+    resumable_streams: Literal["idempotent", "all"] = "idempotent"
+    idempotency_ttl_s: Annotated[float, Meta(gt=0, le=31 * 86400)] = 86400.0
+    max_kept_answer_bytes: Positive = 64 * 1024 * 1024
 
 
 class FunctionSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

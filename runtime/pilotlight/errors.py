@@ -13,6 +13,7 @@
     │   ├── RequestNotFound          404
     │   ├── ResponseNotFound         404
     │   ├── RequestIdInUse           409
+    │   ├── IdempotencyConflict      409
     │   ├── RequestCancelled         499
     │   ├── BodyTooLarge             413
     │   └── LimitExceeded            429, of a key; with Retry-After
@@ -136,6 +137,13 @@ class RequestIdInUse(RequestError):
 
     def __init__(self, request_id: str) -> None:
         super().__init__(f"an invocation with the request id {request_id!r} exists already; send a fresh x-request-id")
+
+
+class IdempotencyConflict(RequestError):
+    """The request was sent before, and the answer that it had cannot be given to this one."""
+
+    status = 409
+    code = "idempotency_conflict"
 
 
 class RequestCancelled(RequestError):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import secrets
 import time
@@ -33,7 +34,9 @@ from pilotlight.errors import (
     RequestIdInUse,
     StartFailed,
 )
+from pilotlight.metering.idempotency import Claim
 from pilotlight.metering.limits import Admitted, Standing
+from pilotlight.metering.marks import Mark
 from pilotlight.metering.prices import PriceTable
 from pilotlight.metering.record import Admission, UsageRecord, final_record, utc_text
 from pilotlight.metering.usage import Timings, Usage
@@ -50,7 +53,10 @@ MAX_INLINE_CHARACTERS = 4096
 _NO_START = Start(0.0, 0.0, 0.0, 0.0, 0.0)
 
 CHECKPOINT_TOKENS = 32
-"""How many tokens a crash of the whole process can leave unbilled, at most: they were delivered, but not noted."""
+"""About how many tokens a crash of the whole machine can leave unbilled; one of the process leaves none."""
+
+RETRY_DELAYS_S = (0.1, 0.3, 1.0, 3.0, 5.0)
+"""How long to wait before a record is written again, while the ledger cannot be written."""
 
 
 class Backend(Protocol):
@@ -72,8 +78,11 @@ class Backend(Protocol):
 class UsageLedger(Protocol):
     """Where admissions, checkpoints and records are kept: SQLite on a host, DynamoDB on Lambda."""
 
-    async def admit(self, admission: Admission) -> Admitted:
-        """Open an invocation, whose request id must be new, within the limits of its key."""
+    async def admit(self, admission: Admission, claim: Claim | None = None) -> Admitted:
+        """Open an invocation, whose request id and claim must be new, within the limits of its key."""
+
+    def note(self, request_id: str, mark: Mark) -> None:
+        """Note what an open invocation has used so far, before any of it is delivered; must not block."""
 
     async def checkpoint(self, request_id: str, usage: Usage) -> None:
         """Note what an open invocation has used so far."""
@@ -120,6 +129,7 @@ class Request:
     deadline_at: float | None = None
     tenant: str | None = None
     key_id: str | None = None
+    claim: Claim | None = None
 
     @property
     def prompt_param(self) -> str:
@@ -142,6 +152,7 @@ class Invocation:
         self.expired = False
         self.cancelled = False
         self.submitted = False
+        self.unmetered: LedgerUnavailable | None = None
         self.standing: Standing | None = None
         self.task: asyncio.Task[None]
         self.admitted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -225,6 +236,12 @@ class _Progress:
             self.first_token_at = event.at
             self.prefill_started_at = event.prefill_started_at
 
+    def mark(self, num_prompt_tokens: int) -> Mark:
+        """Return what was used up to now, for the note of a token."""
+        assert self.last_token_at is not None
+        began_at = self.prefill_started_at or self.last_token_at
+        return Mark(num_prompt_tokens, self.num_completion_tokens, round((self.last_token_at - began_at) * 1000))
+
     def timings(self) -> Timings:
         """Return the stages' durations up to now."""
         prefill_at, first_at, last_at = self.prefill_started_at, self.first_token_at, self.last_token_at
@@ -278,7 +295,7 @@ class Function:
         self.cold_start_ms = 0.0
         self._cold_start_to_report_ms = 0.0
         self._running: dict[str, Invocation] = {}
-        self.draining = False
+        self._drain_began = asyncio.Event()
 
     def started(self, cold_start_ms: float) -> None:
         """Note how long the start took; the first invocation's record reports it."""
@@ -299,6 +316,7 @@ class Function:
             RequestIdInUse: the ledger holds an invocation of that id.
             LedgerUnavailable: the invocation cannot be metered, so it is not served.
             LimitExceeded, NotPermitted, InvalidKey: the request's key does not allow it.
+            IdempotencyConflict: the request was sent before.
             Draining: the function is being closed.
         """
         if self.draining:
@@ -335,6 +353,11 @@ class Function:
         return len(await self._prompt_ids(request))
 
     @property
+    def draining(self) -> bool:
+        """Whether no more requests are taken."""
+        return self._drain_began.is_set()
+
+    @property
     def num_running(self) -> int:
         return len(self._running)
 
@@ -359,7 +382,7 @@ class Function:
 
     async def drain(self, timeout_s: float) -> None:
         """Take no more requests; give the running ones a while, then cancel them and wait for their records."""
-        self.draining = True
+        self._drain_began.set()
         if self._running:
             await asyncio.wait(self._tasks(), timeout=timeout_s)
         for request_id in list(self._running):
@@ -444,11 +467,13 @@ class Function:
         progress = _Progress(request.received_at, invocation.submitted_at, cold_start_ms)
         admission = self._admission(request, sequences)
         try:
-            invocation.standing = (await self._ledger.admit(admission)).standing
+            admitted = await self._ledger.admit(admission, request.claim)
         except PilotlightError as error:
             await self._discard([stream.sequence_id for stream in invocation.streams], events or [])
             invocation.admitted.set_exception(error)
             return
+        invocation.standing = admitted.standing
+        admission = msgspec.structs.replace(admission, attempt=admitted.attempt)
         try:
             if events is None and invocation.cancelled:
                 events = [_cancelled() for _ in sequences]
@@ -466,7 +491,7 @@ class Function:
             if progress.replica_id is not None:
                 admission = msgspec.structs.replace(admission, replica_id=progress.replica_id)
             record = final_record(admission, usage, progress.timings(), progress.finish, progress.stop_detail)
-            await self._ledger.finish(record)
+            await self._finish(invocation, record)
             self._observer.finished(record)
             invocation.record = record
             invocation.push(failure)
@@ -490,6 +515,9 @@ class Function:
         progress.stop_detail = next(details, None)
         if progress.checkpoint is not None:
             await progress.checkpoint
+        if invocation.unmetered is not None:
+            progress.finish, progress.stop_detail = FinishReason.ERROR, invocation.unmetered.message
+            return invocation.unmetered
         if progress.finish is FinishReason.ERROR and progress.retry_after_s is not None:
             return StartFailed(progress.stop_detail or "", progress.retry_after_s)
         if progress.finish is FinishReason.ERROR:
@@ -506,8 +534,9 @@ class Function:
             if event.token_id is not None:
                 progress.count(event)
                 self._observer.token(self.name, stream.gap_s(event))
-                invocation.push(stream.push(event, self._tokenizer))
-                self._note(invocation, progress)
+                delta = stream.push(event, self._tokenizer)
+                if self._note(invocation, progress):
+                    invocation.push(delta)
             if stream.finish is not None:
                 self.backend.abort(stream.sequence_id)
             elif event.finish is FinishReason.CANCELLED and invocation.expired:
@@ -519,16 +548,51 @@ class Function:
         if stream.finish is FinishReason.ERROR:
             invocation.cancel()  # the other choices: nobody will see them
 
-    def _note(self, invocation: Invocation, progress: _Progress) -> None:
-        """Have a checkpoint written at the first token and now and then after it, one at a time."""
+    def _note(self, invocation: Invocation, progress: _Progress) -> bool:
+        """Note a token before it is delivered, and return whether it may be.
+
+        For the case that the whole machine crashes, a checkpoint is written at the first token and now and then after
+        it, one at a time.
+        """
+        try:
+            self._ledger.note(invocation.request.id, progress.mark(invocation.num_prompt_tokens))
+        except LedgerUnavailable as error:
+            self._end_unmetered(invocation, error)
+        if invocation.unmetered is not None:
+            return False
         due = progress.num_completion_tokens % CHECKPOINT_TOKENS == 1
         if due and (progress.checkpoint is None or progress.checkpoint.done()):
             progress.checkpoint = asyncio.create_task(self._checkpoint(invocation, progress))
+        return True
 
     async def _checkpoint(self, invocation: Invocation, progress: _Progress) -> None:
-        """Note what a crash would otherwise lose. The stream doesn't wait for it, and a failure is no loss yet."""
-        with contextlib.suppress(LedgerUnavailable):
+        """Record what a crash of the machine would lose. The stream doesn't wait for it, but ends when it fails."""
+        try:
             await self._ledger.checkpoint(invocation.request.id, _usage(invocation, progress))
+        except LedgerUnavailable as error:
+            self._end_unmetered(invocation, error)
+
+    def _end_unmetered(self, invocation: Invocation, error: LedgerUnavailable) -> None:
+        """End what can no longer be metered, within a step."""
+        logger.error("invocation %s ends because %s", invocation.request.id, error.message)
+        invocation.unmetered = error
+        invocation.cancel()
+
+    async def _finish(self, invocation: Invocation, record: UsageRecord) -> None:
+        """Write the record. While that fails, the client is told, and it is tried again until the function is closed.
+
+        Raises:
+            LedgerUnavailable: the function is closed; the admission stays open, and the next start closes it.
+        """
+        for delay_s in itertools.chain(RETRY_DELAYS_S, itertools.repeat(RETRY_DELAYS_S[-1])):
+            try:
+                return await self._ledger.finish(record)
+            except LedgerUnavailable as error:
+                if self.draining:
+                    raise
+                invocation.push(error)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._drain_began.wait(), delay_s)
 
     async def _reject(self, admission: Admission, progress: _Progress, cause: PilotlightError) -> None:
         """End what was admitted and then found no place: free of charge, and its reservation is released."""
@@ -561,6 +625,7 @@ class Function:
             model=self.artifact.manifest.source.model,
             tenant=request.tenant,
             key_id=request.key_id,
+            idempotency_key=None if request.claim is None else request.claim.idempotency_key,
             reserved_tokens=prompt_tokens + max_new_tokens,
             reserved_micros=self.prices.most_micros(prompt_tokens, max_new_tokens, max_busy_ms),
         )

@@ -20,6 +20,7 @@ from pilotlight.api import errors
 from pilotlight.api.anthropic_messages import Messages
 from pilotlight.api.auth import Doorkeeper, caller_of
 from pilotlight.api.endpoint import ANY, GENERATION, Endpoint, routes
+from pilotlight.api.idempotency import KeptAnswers
 from pilotlight.api.intake import Intake, json_response, request_id_of
 from pilotlight.api.metrics import CONTENT_TYPE, Metrics
 from pilotlight.api.objects import Alive, CancelledRequest, ModelList, ModelObject, Ready, model_object
@@ -57,8 +58,9 @@ class Api:
         max_body_bytes: int,
         responses: ResponseStore,
         keyring: Keyring | None = None,
+        kept_answers: KeptAnswers | None = None,
     ) -> None:
-        self._intake = Intake(functions, max_body_bytes)
+        self._intake = Intake(functions, max_body_bytes, kept_answers)
         self._messages = Messages(self._intake)
         self._responses = Responses(self._intake, responses)
         self._functions = functions

@@ -17,6 +17,7 @@ from pilotlight.errors import (
     ContextLengthExceeded,
     EngineError,
     FunctionNotFound,
+    IdempotencyConflict,
     InvalidKey,
     InvalidRequest,
     LimitExceeded,
@@ -24,6 +25,7 @@ from pilotlight.errors import (
     PilotlightError,
     RequestCancelled,
     RequestIdInUse,
+    RequestNotFound,
 )
 
 ANY = (InvalidRequest, InvalidKey, EngineError)
@@ -36,6 +38,8 @@ GENERATION = (
     NotPermitted,
     FunctionNotFound,
     RequestIdInUse,
+    IdempotencyConflict,
+    RequestNotFound,
     RequestCancelled,
     BodyTooLarge,
     LimitExceeded,

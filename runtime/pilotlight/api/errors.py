@@ -12,7 +12,15 @@ from starlette.responses import Response
 from starlette.types import Scope
 
 from pilotlight.api import anthropic_errors
-from pilotlight.errors import CapacityError, EngineError, InvalidKey, LimitExceeded, PilotlightError, RequestIdInUse
+from pilotlight.errors import (
+    CapacityError,
+    EngineError,
+    IdempotencyConflict,
+    InvalidKey,
+    LimitExceeded,
+    PilotlightError,
+    RequestIdInUse,
+)
 
 logger = logging.getLogger("pilotlight.api")
 
@@ -37,7 +45,7 @@ def error_response(error: PilotlightError, scope: Scope) -> Response:
             headers["x-should-retry"] = "false"
     if isinstance(error, InvalidKey):
         headers["www-authenticate"] = "Bearer"
-    if isinstance(error, EngineError | RequestIdInUse):
+    if isinstance(error, EngineError | RequestIdInUse | IdempotencyConflict):
         # The SDKs retry 409 and 500 by themselves; these were billed, or would fail the same way.
         headers["x-should-retry"] = "false"
     body = error_body(error)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from functools import partial
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
 from pilotlight.api.auth import Caller, caller_of
+from pilotlight.api.idempotency import KeptAnswers, Making, Repeatable
 from pilotlight.api.sse import COMMENT, EventStream, cancelled_on_disconnect
 from pilotlight.api.wire import SamplingBody
-from pilotlight.errors import BodyTooLarge, FunctionNotFound, NotPermitted, RequestCancelled
+from pilotlight.errors import BodyTooLarge, FunctionNotFound, InvalidRequest, NotPermitted, RequestCancelled
 from pilotlight.function import Function, Invocation
 from pilotlight.function import Request as FunctionRequest
 from pilotlight.metering.record import UsageRecord
@@ -22,8 +24,11 @@ from pilotlight.request import FinishReason
 class Intake:
     """Reads bodies up to their limit, finds functions by name, and ties an invocation to its client's connection."""
 
-    def __init__(self, functions: Mapping[str, Function], max_body_bytes: int) -> None:
+    def __init__(
+        self, functions: Mapping[str, Function], max_body_bytes: int, kept_answers: KeptAnswers | None = None
+    ) -> None:
         self.functions = functions
+        self._kept_answers = kept_answers
         self._max_body_bytes = max_body_bytes
 
     def function(self, name: str, caller: Caller) -> Function:
@@ -40,6 +45,7 @@ class Intake:
             body += chunk
             if len(body) > self._max_body_bytes:
                 raise BodyTooLarge(self._max_body_bytes)
+        request.state.body = bytes(body)
         return bytes(body)
 
     async def answer(
@@ -51,11 +57,20 @@ class Intake:
         whole: Callable[[Invocation], Awaitable[object]],
         ping: bytes = COMMENT,
     ) -> Response:
-        """Run what a body asks for, and answer with its frames as they come or with one object when it is complete."""
+        """Run what a body asks for, and answer with its frames as they come or with one object when it is complete.
+
+        What may be asked for twice is answered from what is kept, or made so that it is kept.
+        """
         caller = caller_of(request)
         deadline_at = getattr(request.state, "deadline_at", None)
         whose = dataclasses.replace(asked, deadline_at=deadline_at, tenant=caller.tenant, key_id=caller.key_id)
-        invocation = await self.function(body.model, caller).invoke(whose)
+        function = self.function(body.model, caller)
+        if (repeatable := self._repeatable(request, body.stream)) is not None:
+            answers, asked_again = repeatable
+            claimed = dataclasses.replace(whose, claim=asked_again.claim)
+            making = Making(partial(function.invoke, claimed), stream, whole, body.stream, ping, request.scope)
+            return await answers.answer(asked_again, whose.id, making)
+        invocation = await function.invoke(whose)
         response: Response
         if body.stream:
             response = EventStream(invocation, stream(invocation), ping)
@@ -65,6 +80,16 @@ class Intake:
         if invocation.standing is not None:
             response.headers.update(invocation.standing.headers())
         return response
+
+    def _repeatable(self, request: Request, is_stream: bool) -> tuple[KeptAnswers, Repeatable] | None:
+        if self._kept_answers is None:
+            if "idempotency-key" in request.headers:
+                raise InvalidRequest(
+                    "idempotency-key", "Idempotency-Key is not supported here", "unsupported_parameter"
+                )
+            return None
+        found = self._kept_answers.asked(request, request.state.body, caller_of(request).key_id, is_stream)
+        return None if found is None else (self._kept_answers, found)
 
 
 def completed(invocation: Invocation) -> UsageRecord:

@@ -13,6 +13,7 @@ from pathlib import Path
 import uvicorn
 
 from pilotlight.api.app import Api
+from pilotlight.api.idempotency import KeptAnswers
 from pilotlight.api.metrics import Metrics
 from pilotlight.api.response_store import ResponseStore
 from pilotlight.config import LOOPBACK, HostSettings, Settings
@@ -59,12 +60,13 @@ async def _serve(settings: Settings, on_ready: OnReady) -> None:
         around = Surroundings(host, ledger, metrics, launcher, machine, Verified(cache_dir(host)))
         functions: dict[str, Function] = {}
         ticks: asyncio.Task[None] | None = None
+        kept_answers = _kept_answers(host, ledger)
         try:
             for name, of_function in settings.functions.items():
                 functions[name], pool = open_pooled(name, of_function, around)
                 pool.act()
             metrics.watch(functions)
-            app = Api(functions, ledger, metrics, settings.host.max_body_bytes, responses, keyring).app()
+            app = Api(functions, ledger, metrics, host.max_body_bytes, responses, keyring, kept_answers).app()
             launcher.start()
             ticks = asyncio.create_task(machine.run())
             on_ready(_url(listener, settings.host.address), functions)
@@ -72,6 +74,7 @@ async def _serve(settings: Settings, on_ready: OnReady) -> None:
         finally:
             for function in functions.values():
                 await function.close()
+            await kept_answers.close()
             if ticks is not None:
                 ticks.cancel()
             launcher.close()
@@ -105,6 +108,16 @@ class _Server(uvicorn.Server):
         drains = asyncio.gather(*(function.drain(self._drain_timeout_s) for function in self._functions.values()))
         await super().shutdown(sockets)
         await drains
+
+
+def _kept_answers(host: HostSettings, ledger: Ledger) -> KeptAnswers:
+    return KeptAnswers(
+        ledger,
+        host.resume_window_s,
+        host.idempotency_ttl_s,
+        host.max_kept_answer_bytes,
+        resumes_all_streams=host.resumable_streams == "all",
+    )
 
 
 def _check_is_guarded(host: HostSettings, keyring: Keyring) -> None:

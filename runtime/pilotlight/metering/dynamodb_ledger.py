@@ -17,7 +17,9 @@ from typing import Any
 import msgspec
 
 from pilotlight.errors import ConfigError, LedgerUnavailable, PilotlightError, RequestIdInUse, RequestNotFound
+from pilotlight.metering.idempotency import Claim
 from pilotlight.metering.limits import Admitted
+from pilotlight.metering.marks import Mark
 from pilotlight.metering.record import Admission, UsageRecord, crashed_record
 from pilotlight.metering.usage import Usage
 
@@ -63,8 +65,8 @@ class DynamoDbLedger:
         self._client = _new_client()
         self._close_crashed()
 
-    async def admit(self, admission: Admission) -> Admitted:
-        """Open an invocation. There are no keys on Lambda: the platform's own authorization decides who may call.
+    async def admit(self, admission: Admission, claim: Claim | None = None) -> Admitted:
+        """Open an invocation. There are no keys and no claims on Lambda: the platform decides who may call.
 
         Raises:
             RequestIdInUse: the table holds the request id already.
@@ -82,6 +84,9 @@ class DynamoDbLedger:
         if held is not None and held.get("admission") != item["admission"]:
             raise RequestIdInUse(admission.request_id)
         return Admitted()
+
+    def note(self, request_id: str, mark: Mark) -> None:
+        """Do nothing: no file outlives a sandbox. What a crash can leave unbilled is up to the checkpoints."""
 
     async def checkpoint(self, request_id: str, usage: Usage) -> None:
         """Record what an open invocation has used so far, for the case of a crash.
@@ -145,7 +150,10 @@ class DynamoDbLedger:
         try:
             for request_id in self._crashed_ids():
                 item = self._item(request_id)
-                record = crashed_record(item["admission"]["S"], item.get("usage", {}).get("S"))
+                record = crashed_record(
+                    msgspec.json.decode(item["admission"]["S"], type=Admission),
+                    msgspec.json.decode(item["usage"]["S"], type=Usage) if "usage" in item else Usage(),
+                )
                 change = _update(request_id, _FINISH, {}, {":record": {"S": _json(record)}})
                 self._write_now(self._client.update_item, **change)  # or another process has just closed it
         except (LedgerUnavailable, msgspec.DecodeError) as error:

@@ -16,8 +16,10 @@ import msgspec
 
 from pilotlight.errors import ConfigError, PilotlightError, RequestIdInUse, RequestNotFound
 from pilotlight.metering.group_commit import GroupCommit
+from pilotlight.metering.idempotency import Claim, Claimed, book, keep, next_attempt
 from pilotlight.metering.ledger_reader import LedgerReader
-from pilotlight.metering.limits import Admitted, Standing, reserve, settle
+from pilotlight.metering.limits import Admitted, reserve, settle
+from pilotlight.metering.marks import LeftMarks, Mark, Marks
 from pilotlight.metering.record import Admission, UsageRecord, crashed_record
 from pilotlight.metering.schema import connect_writer
 from pilotlight.metering.usage import Usage
@@ -52,39 +54,81 @@ class Ledger:
             opened.callback(connection.close)
             if alone:
                 _close_crashed(connection, path)
+            self._marks = Marks(path)
+            opened.callback(self._marks.end)
+            if alone:
                 fcntl.flock(lock, fcntl.LOCK_SH)
             self._reader = LedgerReader(path)
             self._commits = GroupCommit(connection)
             opened.pop_all()
         self._lock: int | None = lock
 
-    async def admit(self, admission: Admission) -> Admitted:
+    async def admit(self, admission: Admission, claim: Claim | None = None) -> Admitted:
         """Open an invocation, and reserve what it could use within the limits of its key, if it has one.
 
         Raises:
             RequestIdInUse: the ledger holds the request id already.
+            IdempotencyConflict: the claimed idempotency key was used before.
             LimitExceeded, InvalidRequest, NotPermitted, InvalidKey: the key does not allow it.
             LedgerUnavailable: nothing was written.
         """
-        standing: Standing | None = None
+        admitted = Admitted()
 
         def apply(connection: sqlite3.Connection) -> PilotlightError | None:
-            nonlocal standing
+            nonlocal admitted
+            standing = None
             if connection.execute(_IS_KNOWN, (admission.request_id,)).fetchone():
                 return RequestIdInUse(admission.request_id)
+            attempt = 1 if claim is None else next_attempt(connection, claim)
+            if isinstance(attempt, PilotlightError):
+                return attempt
             if admission.key_id is not None:
                 outcome = reserve(connection, admission)
                 if isinstance(outcome, PilotlightError):
                     return outcome
                 standing = outcome
-            connection.execute(_ADMIT, (admission.request_id, _json(admission)))
+            if claim is not None:
+                book(connection, claim, admission.request_id, attempt)
+            admitted = Admitted(standing, attempt)
+            row = msgspec.structs.replace(admission, attempt=attempt)
+            connection.execute(_ADMIT, (admission.request_id, _json(row)))
             return None
 
-        await self._commits.write(apply)
-        return Admitted(standing)
+        if not self._marks.open(admission.request_id):
+            raise RequestIdInUse(admission.request_id)
+        try:
+            await self._commits.write(apply)
+        except PilotlightError:
+            self._marks.close(admission.request_id)
+            raise
+        return admitted
+
+    def claimed(self, claim: Claim) -> Claimed | None:
+        """Return what is known of an idempotency key.
+
+        Raises:
+            LedgerUnavailable: the ledger cannot be read.
+        """
+        return self._reader.claimed(claim)
+
+    async def keep_answer(self, request_id: str, answer: bytes) -> None:
+        """Keep the complete answer of a request beside its claim.
+
+        Raises:
+            LedgerUnavailable: nothing was written.
+        """
+        await self._commits.write(lambda connection: keep(connection, request_id, answer))
+
+    def note(self, request_id: str, mark: Mark) -> None:
+        """Note what an open invocation has used so far, for the case that this process is killed.
+
+        Raises:
+            LedgerUnavailable: it could not be noted, so nothing of it may be delivered.
+        """
+        self._marks.note(request_id, mark)
 
     async def checkpoint(self, request_id: str, usage: Usage) -> None:
-        """Record what an open invocation has used so far, for the case of a crash.
+        """Record what an open invocation has used so far, for the case that the machine crashes.
 
         Raises:
             RequestNotFound: no open invocation has that id.
@@ -112,6 +156,7 @@ class Ledger:
             return None if same else _not_open(record.request_id)
 
         await self._commits.write(apply)
+        self._marks.close(record.request_id)
 
     def get(self, request_id: str) -> UsageRecord | None:
         """Return the record of a finished invocation.
@@ -127,6 +172,7 @@ class Ledger:
             # the writer last: the last connection to close moves the log into the database, and a reader cannot
             self._reader.close()
             self._commits.close()
+            self._marks.end()
             os.close(self._lock)
             self._lock = None
 
@@ -158,12 +204,24 @@ def _try_alone(lock: int) -> bool:
 
 def _close_crashed(connection: sqlite3.Connection, path: Path) -> None:
     try:
+        marks = LeftMarks(path)
         connection.execute("BEGIN IMMEDIATE")
         for admission, usage in connection.execute(_OPEN).fetchall():
-            _end(connection, crashed_record(admission, usage))
+            _end(connection, crashed_record(*_last_seen(admission, usage, marks)))
         connection.execute("COMMIT")
-    except (sqlite3.Error, msgspec.DecodeError) as error:
+        marks.remove()
+    except (sqlite3.Error, msgspec.DecodeError, OSError) as error:
         raise ConfigError(f"{path}: what a crash left open cannot be closed ({error})") from error
+
+
+def _last_seen(admission: str, usage: str | None, marks: LeftMarks) -> tuple[Admission, Usage]:
+    """Return an open admission with what it had used, by its last checkpoint or its last mark."""
+    admitted = msgspec.json.decode(admission, type=Admission)
+    checkpoint = Usage() if usage is None else msgspec.json.decode(usage, type=Usage)
+    mark = marks.get(admitted.request_id)
+    if mark.completion_tokens <= checkpoint.completion_tokens:
+        return admitted, checkpoint
+    return admitted, msgspec.structs.replace(checkpoint, delivered_tokens=mark.completion_tokens, **mark._asdict())
 
 
 def _end(connection: sqlite3.Connection, record: UsageRecord) -> bool:

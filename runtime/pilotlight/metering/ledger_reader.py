@@ -11,6 +11,7 @@ from typing import Any, Self
 import msgspec
 
 from pilotlight.errors import LedgerUnavailable
+from pilotlight.metering.idempotency import Claim, Claimed, find
 from pilotlight.metering.record import UsageRecord, utc_text
 from pilotlight.metering.schema import connect_reader
 
@@ -59,6 +60,17 @@ class LedgerReader:
             LedgerUnavailable: the ledger cannot be read.
         """
         return next((_record(row) for row in self._rows(_RECORD, (request_id,))), None)
+
+    def claimed(self, claim: Claim) -> Claimed | None:
+        """Return what is known of an idempotency key.
+
+        Raises:
+            LedgerUnavailable: the ledger cannot be read.
+        """
+        try:
+            return find(self._connection, claim)
+        except sqlite3.Error as error:
+            raise LedgerUnavailable(f"the usage ledger cannot be read ({error})") from error
 
     def records(
         self, function: str | None = None, since: datetime | None = None, limit: int | None = None

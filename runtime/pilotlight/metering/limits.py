@@ -61,9 +61,10 @@ class Standing:
 
 
 class Admitted(NamedTuple):
-    """What the ledger answers to an admission: how its key stands now, if it has one."""
+    """What the ledger answers to an admission: how its key stands now, if it has one, and which attempt it is."""
 
     standing: Standing | None = None
+    attempt: int = 1
 
 
 def periods(started_at_utc: str) -> dict[Span, str]:

@@ -131,15 +131,9 @@ def _cost_micros(prices: PriceTable, usage: Usage, finish_reason: FinishReason, 
     return cost_micros if reserved_micros is None else min(cost_micros, reserved_micros)
 
 
-def crashed_record(admission: str | bytes, usage: str | bytes | None) -> UsageRecord:
-    """Return the record of an invocation whose process is gone, from what its ledger holds as JSON.
-
-    Raises:
-        msgspec.DecodeError: that is not what a ledger writes.
-    """
-    admitted = msgspec.json.decode(admission, type=Admission)
-    used = Usage() if usage is None else msgspec.json.decode(usage, type=Usage)
-    return final_record(admitted, used, Timings(), FinishReason.CRASHED, CRASH_DETAIL)
+def crashed_record(admission: Admission, usage: Usage) -> UsageRecord:
+    """Return the record of an invocation whose process is gone."""
+    return final_record(admission, usage, Timings(), FinishReason.CRASHED, CRASH_DETAIL)
 
 
 def utc_text(instant: datetime) -> str:

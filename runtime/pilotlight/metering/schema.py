@@ -63,9 +63,25 @@ CREATE TABLE key_use (
 ) STRICT, WITHOUT ROWID
 """
 
+_ANSWERS = """
+CREATE TABLE answers (
+    caller TEXT NOT NULL,
+    idempotency_key TEXT NOT NULL,
+    fingerprint TEXT NOT NULL,
+    request_id TEXT NOT NULL,
+    attempt INTEGER NOT NULL,
+    expires_at REAL NOT NULL,
+    answer BLOB,
+    UNIQUE (caller, idempotency_key)
+) STRICT
+"""
+_ANSWERS_BY_REQUEST = "CREATE INDEX answers_by_request ON answers (request_id)"
+_ANSWERS_BY_END = "CREATE INDEX answers_by_end ON answers (expires_at)"
+
 MIGRATIONS = (
     (_TABLE, _OPEN_INDEX, _RECORD_INDEX),
     (_KEYS, _KEY_SECRETS, _KEY_USE),
+    (_ANSWERS, _ANSWERS_BY_REQUEST, _ANSWERS_BY_END),
 )
 """What makes each version of the ledger out of the one before it."""
 LEDGER_VERSION = len(MIGRATIONS)
