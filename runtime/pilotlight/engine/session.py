@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,10 @@ from pilotlight.errors import ArtifactError
 
 Ids = NDArray[np.int64]
 Logits = NDArray[np.float32]
+
+# GroupQueryAttention reads this when a session is made. Its other way of attending, in tiles, is slower on CPUs in every
+# measured shape: docs/performance.md.
+os.environ.setdefault("ORT_GQA_DISABLE_FLASH_ATTENTION", "1")
 
 KEPT_BY = f"onnxruntime {ort.__version__}, weights at multiples of {ALIGNMENT_BYTES}"
 
@@ -238,6 +243,7 @@ def _options(num_threads: int) -> ort.SessionOptions:
     options.intra_op_num_threads = num_threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
+    options.add_session_config_entry("session.prepack.enable_parallel", "1")
     return options
 
 
