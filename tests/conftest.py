@@ -35,6 +35,12 @@ def demo_int4(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     return export_artifact(DEMO_MODEL, tmp_path_factory.mktemp("demo") / "demo-int4", "int4")
 
 
+@pytest.fixture(scope="session")
+def demo_hybrid(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """The demo model with three graphs and an int8 cache."""
+    return export_artifact(DEMO_MODEL, tmp_path_factory.mktemp("demo") / "demo-hybrid", "hybrid")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _graph_cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Servers started by tests keep their graphs here and not in the user's home."""

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from pilotlight.artifact import Manifest
 from pilotlight_export.config import check_block_size
 from pilotlight_export.fuse import fuse
+from pilotlight_export.kv_cache import Scales, measure_kv_scales, write_kv_scales
 from pilotlight_export.lower import lower
 from pilotlight_export.pack import copy_texts, seal
 from pilotlight_export.progress import Progress
@@ -17,12 +18,15 @@ from pilotlight_export.recipes import EXACT, Recipe, choose_recipe
 from pilotlight_export.source import Source, open_source
 from pilotlight_export.trace import trace
 from pilotlight_export.verify.figures import Figures
+from pilotlight_export.verify.graph_runner import Graphs
 from pilotlight_export.verify.prompts import Prompts
 from pilotlight_export.verify.text import Text, read_text
-from pilotlight_export.verify.verification import verify_consistency, verify_exact, verify_fidelity
+from pilotlight_export.verify.verification import Verified, verify_consistency, verify_exact, verify_fidelity
 from pilotlight_export.workplace import ARTIFACT, check_space, check_target, move_into_place, workplace
 
 FLOAT32_BYTES = 4
+MAX_MEASURED_TOKENS = 1024
+"""So much running text, beside the model's answers, says how large the values in a KV cache get."""
 
 
 def export_model(
@@ -92,7 +96,7 @@ def build_exact(source: Source, directory: Path, exact: Path, progress: Progress
         fuse(fused, source.shapes)
         stage.outcome = f"{fused.graph.num_nodes():,} nodes"
     with progress.stage("Write fp32") as stage:
-        lower(fused, EXACT, _make(exact), stage.show_count)
+        lower(fused, EXACT, _make(exact), on_weight=stage.show_count)
     return fused
 
 
@@ -109,16 +113,28 @@ def _build(
     if recipe == EXACT:
         figures |= verify_consistency(source, artifact, verified.passages, progress)
     else:
-        _quantize(fused, recipe, _make(artifact), progress)
+        kv_scales = _measure_cache(source, exact, verified, prompts, progress) if recipe.has_int8_cache else None
+        _quantize(fused, recipe, kv_scales, _make(artifact), progress)
         figures |= verify_fidelity(source, exact, artifact, verified.passages, max_kl, progress)
     with progress.stage("Pack"):
         copy_texts(source, artifact)
         return seal(source, recipe, figures, artifact)
 
 
-def _quantize(fused: ir.Model, recipe: Recipe, artifact: Path, progress: Progress) -> None:
+def _measure_cache(source: Source, exact: Path, verified: Verified, prompts: Prompts, progress: Progress) -> Scales:
+    """Return the scales of the KV cache, from the model's own answers and from running text."""
+    with progress.stage("Measure the KV cache") as stage:
+        texts = [passage.tokens for passage in verified.passages]
+        texts.append(prompts.prose(min(MAX_MEASURED_TOKENS, source.shapes.max_context_tokens)))
+        stage.outcome = f"{sum(map(len, texts)):,} tokens"
+        return measure_kv_scales(Graphs(exact, source.shapes), texts)
+
+
+def _quantize(fused: ir.Model, recipe: Recipe, kv_scales: Scales | None, artifact: Path, progress: Progress) -> None:
     with progress.stage(f"Quantize to {recipe.precision}") as stage:
-        lower(fused, recipe, artifact, stage.show_count)
+        lower(fused, recipe, artifact, kv_scales, stage.show_count)
+        if kv_scales is not None:
+            write_kv_scales(kv_scales, artifact)
         stage.outcome = f"{sum(path.stat().st_size for path in artifact.iterdir()) / 1e6:,.1f} MB"
 
 

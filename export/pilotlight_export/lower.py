@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from pilotlight.artifact import GRAPH, PREFILL_GRAPH, PREFILL_WEIGHTS, WEIGHTS
+from pilotlight.artifact import BATCH_GRAPH, GRAPH, PREFILL_GRAPH, PREFILL_WEIGHTS, WEIGHTS
 from pilotlight_export.fuse.graph import ABSTRACT, KERNELS, Array, add_node, array_of, named, operand
+from pilotlight_export.kv_cache import Scales, quantize_cache
 from pilotlight_export.quantize import QuantizedBlocks, quantize_blocks, quantize_columns
 from pilotlight_export.recipes import ACCURACY_LEVEL, EMBEDDING, HEAD, Blocks, Columns, GraphRecipe, Halves, Recipe
 from pilotlight_export.weights import WeightFile
@@ -24,11 +25,18 @@ OnWeight = Callable[[int, int], None]
 QuantizedHeads = dict[tuple[str, Blocks], QuantizedBlocks]
 
 
-def lower(fused: ir.Model, recipe: Recipe, directory: Path, on_weight: OnWeight | None = None) -> None:
-    """Write the recipe's graph and its weights, or both graphs of a hybrid; the fused graph stays as it is.
+def lower(
+    fused: ir.Model,
+    recipe: Recipe,
+    directory: Path,
+    kv_scales: Scales | None = None,
+    on_weight: OnWeight | None = None,
+) -> None:
+    """Write the recipe's graph and its weights, or all graphs of a hybrid; the fused graph stays as it is.
 
-    Weights are read, quantized and written one by one, so that memory holds no more than one of them beside the
-    quantized embedding and head. ``on_weight`` is told after each how many of how many are done.
+    With ``kv_scales`` the graphs keep their keys and values in 8 bits, all but a hybrid's graph for prompts. Weights
+    are read, quantized and written one by one, so that memory holds no more than one of them beside the quantized
+    embedding and head. ``on_weight`` is told after each how many of how many are done.
 
     Raises:
         OSError: the directory cannot be written or its disk is full.
@@ -42,20 +50,23 @@ def lower(fused: ir.Model, recipe: Recipe, directory: Path, on_weight: OnWeight 
             on_weight(next(done), num_weights)
 
     with WeightFile(directory / WEIGHTS) as weights:
-        _lower_graph(fused, directory / GRAPH, recipe.graph, weights, heads, report)
-    if recipe.prefill is not None:
-        with WeightFile(directory / PREFILL_WEIGHTS, earlier=weights) as prefill_weights:
-            _lower_graph(fused, directory / PREFILL_GRAPH, recipe.prefill, prefill_weights, heads, report)
+        model = _lowered(fused, recipe.graph, weights, heads, report)
+        if kv_scales is not None:
+            quantize_cache(model, kv_scales, weights)
+        ir.save(model, directory / GRAPH)
+    if recipe.prefill is None:
+        return
+    with WeightFile(directory / PREFILL_WEIGHTS, earlier=weights) as weights:
+        model = _lowered(fused, recipe.prefill, weights, heads, report)
+        ir.save(model, directory / PREFILL_GRAPH)
+        if kv_scales is not None:
+            quantize_cache(model, kv_scales, weights)
+            ir.save(model, directory / BATCH_GRAPH)
 
 
-def _lower_graph(
-    fused: ir.Model,
-    path: Path,
-    recipe: GraphRecipe,
-    weights: WeightFile,
-    heads: QuantizedHeads,
-    report: Callable[[], None],
-) -> None:
+def _lowered(
+    fused: ir.Model, recipe: GraphRecipe, weights: WeightFile, heads: QuantizedHeads, report: Callable[[], None]
+) -> ir.Model:
     model = fused.clone()
     lowering = _Lowering(model.graph, recipe, weights, heads)
     for node in _abstract_nodes(model):
@@ -67,7 +78,7 @@ def _lower_graph(
     model.graph.sort()
     model.ir_version = IR_VERSION
     model.graph.opset_imports[KERNELS] = 1
-    ir.save(model, path)
+    return model
 
 
 def _abstract_nodes(model: ir.Model) -> list[ir.Node]:

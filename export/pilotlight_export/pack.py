@@ -60,7 +60,7 @@ def seal(source: Source, recipe: Recipe, verification: Figures, directory: Path)
         num_parameters=source.num_parameters,
         shapes=source.shapes,
         special_tokens=source.special_tokens,
-        kv=KvLayout(dtype=recipe.graph.dtype),
+        kv=KvLayout(dtype=recipe.kv_dtype),
         verification=verification,
         files={path.name: _entry(path) for path in sorted(directory.iterdir())},
         tools={name: importlib.metadata.version(name) for name in TOOLS},

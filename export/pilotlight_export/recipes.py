@@ -79,6 +79,12 @@ class Recipe:
     precision: str
     graph: GraphRecipe
     prefill: GraphRecipe | None = None
+    has_int8_cache: bool = False
+
+    @property
+    def kv_dtype(self) -> Literal["float32", "float16", "int8"]:
+        """What keys and values are kept as between steps."""
+        return "int8" if self.has_int8_cache else self.graph.dtype
 
     @property
     def block_sizes(self) -> set[int]:
@@ -94,6 +100,8 @@ class Recipe:
         summary |= {pattern: str(scheme) for pattern, scheme in self.graph.rules}
         if self.prefill is not None:
             summary |= {f"prefill {pattern}": str(scheme) for pattern, scheme in self.prefill.rules}
+        if self.has_int8_cache:
+            summary["cache"] = "8 bits by channel"
         return summary
 
 
@@ -115,6 +123,8 @@ def _with_heads(scheme: Scheme, rules: Rules) -> Rules:
     return ((EMBEDDING, scheme), (HEAD, scheme), *rules)
 
 
+_BATCHES = GraphRecipe(_with_heads(INT4, (*ROTARY, *_W8A8)))
+
 EXACT = Recipe("fp32", "fp32", GraphRecipe())
 _ALL = (
     EXACT,
@@ -125,7 +135,9 @@ _ALL = (
     Recipe("int4-heads8", "int4", GraphRecipe(_with_heads(INT8, _INT4))),
     Recipe("int4-uniform", "int4", GraphRecipe((*ROTARY, ("*", INT4)))),
     Recipe("int4-nearest", "int4", GraphRecipe((*ROTARY, ("*", INT4_NEAREST)))),
-    Recipe("hybrid", "hybrid", GraphRecipe(_INT4), prefill=GraphRecipe(_with_heads(INT4, (*ROTARY, *_W8A8)))),
+    Recipe("int4-cache8", "int4", GraphRecipe(_INT4), has_int8_cache=True),
+    Recipe("hybrid", "hybrid", GraphRecipe(_INT4), _BATCHES, has_int8_cache=True),
+    Recipe("hybrid-cache32", "hybrid", GraphRecipe(_INT4), _BATCHES),
 )
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in _ALL}
 PRECISIONS: tuple[str, ...] = tuple(dict.fromkeys(recipe.precision for recipe in _ALL))

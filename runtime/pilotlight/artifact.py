@@ -15,9 +15,15 @@ input                          shape, type                 meaning
 
 Outputs are ``logits`` [N, V] float32 and ``present.i.key`` / ``present.i.value``, bound to the same memory as the past.
 
-An artifact of precision ``hybrid`` has a second graph of the same interface, ``prefill.onnx``, for prefill and for
-large batches. Both read and write the same KV cache, so a runtime may change from one to the other between any two
-runs. Its weights lie in ``prefill.onnx.data`` and, where both graphs use the same ones, in ``model.onnx.data``.
+An artifact of precision ``hybrid`` has more graphs of the same interface: ``prefill.onnx`` for prompts and
+``batch.onnx`` for large batches (where there is none, ``prefill.onnx`` is for both). All of them work on the same
+tokens, so a runtime may change from one to another between any two runs. Weights lie in the ``.data`` file beside a
+graph, or in that of a graph before it where both use the same ones.
+
+Where the manifest says that the cache is ``int8``, the cache of ``model.onnx`` and ``batch.onnx`` is; that of
+``prefill.onnx`` is float32, because attention over many new tokens is much faster so. A runtime quantizes what a
+prefill has written: ``kv_scales.npy``, float32 [layers, 2 (keys, values), kv heads, D], has the scale of each channel,
+and a value becomes the nearest integer to value / scale within ±127.
 """
 
 from __future__ import annotations
@@ -40,6 +46,9 @@ GRAPH = "model.onnx"
 WEIGHTS = "model.onnx.data"
 PREFILL_GRAPH = "prefill.onnx"
 PREFILL_WEIGHTS = "prefill.onnx.data"
+BATCH_GRAPH = "batch.onnx"
+KV_SCALES = "kv_scales.npy"
+KV_STEPS = 127
 TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 GENERATION_CONFIG = "generation_config.json"
@@ -81,7 +90,7 @@ class SpecialTokens(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class KvLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How one layer's key or value cache lies in memory."""
 
-    dtype: Literal["float32", "float16"]
+    dtype: Literal["float32", "float16", "int8"]
     axes: str = "batch, kv_heads, tokens, head_size"
 
 

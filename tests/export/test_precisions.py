@@ -13,10 +13,11 @@ import pytest
 from tokenizers import Tokenizer
 
 import corpus
-from pilotlight.artifact import GRAPH, PREFILL_GRAPH, PREFILL_WEIGHTS, WEIGHTS, Artifact
+from pilotlight.artifact import BATCH_GRAPH, GRAPH, KV_STEPS, PREFILL_GRAPH, PREFILL_WEIGHTS, WEIGHTS, Artifact
 from pilotlight_export.fuse import fuse
+from pilotlight_export.kv_cache import Scales, measure_kv_scales, write_kv_scales
 from pilotlight_export.lower import lower
-from pilotlight_export.recipes import RECIPES, Blocks, GraphRecipe, Recipe
+from pilotlight_export.recipes import EXACT, RECIPES, Blocks, GraphRecipe, Recipe
 from pilotlight_export.source import Source, open_source
 from pilotlight_export.trace import trace
 from pilotlight_export.verify.fidelity import Fidelity, measure_fidelity
@@ -36,6 +37,7 @@ class Lowered:
     source: Source
     directories: dict[str, Path]
     passages: list[Passage]
+    kv_scales: Scales
 
     def graphs(self, recipe: str) -> Graphs:
         return Graphs(self.directories[recipe], self.source.shapes)
@@ -50,14 +52,23 @@ def demo(one_torch_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Lo
     source = open_source(str(DEMO_MODEL), None)
     fused = trace(source.directory, directory / "traced")
     fuse(fused, source.shapes)
-    directories = {}
-    for recipe in RECIPES.values():
-        directories[recipe.name] = directory / recipe.name
-        directories[recipe.name].mkdir()
-        lower(fused, recipe, directories[recipe.name])
+    directories = {name: directory / name for name in RECIPES}
+    make(fused, EXACT, directories["fp32"])
     graphs = Graphs(directories["fp32"], source.shapes)
     answers = sample_passages(graphs, Prompts(source.directory), source.special_tokens.eos_ids)
-    return Lowered(source, directories, [*answers, *held_out_passages(5)])
+    kv_scales = measure_kv_scales(graphs, [passage.tokens for passage in answers])
+    for name in QUANTIZED:
+        make(fused, RECIPES[name], directories[name], kv_scales)
+    return Lowered(source, directories, [*answers, *held_out_passages(5)], kv_scales)
+
+
+def make(fused: ir.Model, recipe: Recipe, directory: Path, kv_scales: Scales | None = None) -> None:
+    directory.mkdir()
+    if recipe.has_int8_cache and kv_scales is not None:
+        lower(fused, recipe, directory, kv_scales)
+        write_kv_scales(kv_scales, directory)
+    else:
+        lower(fused, recipe, directory)
 
 
 def held_out_passages(num_questions: int) -> Iterator[Passage]:
@@ -83,13 +94,16 @@ def test_the_interface_is_that_of_fp32(demo: Lowered, name: str) -> None:
             assert [(value.name, value.shape) for value in values] == [(e.name, e.shape) for e in expected]
         assert graph.outputs[0].dtype == ir.DataType.FLOAT
         caches = {value.dtype for value in (*graph.inputs[4:], *graph.outputs[1:])}
-        assert caches == {ir.DataType.FLOAT16 if name == "fp16" else ir.DataType.FLOAT}
+        if RECIPES[name].has_int8_cache and path.name != PREFILL_GRAPH:
+            assert caches == {ir.DataType.INT8}
+        else:
+            assert caches == {ir.DataType.FLOAT16 if name == "fp16" else ir.DataType.FLOAT}
 
 
 @pytest.mark.model
 @pytest.mark.parametrize(
     ("name", "least_top1", "largest_kl"),
-    [("fp16", 0.99, 1e-4), ("int8", 0.97, 1e-3), ("w8a8", 0.97, 5e-3), ("int4", 0.95, 0.02), ("hybrid", 0.95, 0.02)],
+    [("fp16", 0.99, 1e-4), ("int8", 0.97, 1e-3), ("w8a8", 0.97, 5e-3), ("int4", 0.95, 0.02), ("int4-cache8", 0.95, 0.02), ("hybrid", 0.95, 0.02), ("hybrid-cache32", 0.95, 0.02)],
 )
 def test_a_trained_model_says_nearly_the_same(demo: Lowered, name: str, least_top1: float, largest_kl: float) -> None:
     fidelity = demo.fidelity(name)
@@ -131,17 +145,36 @@ def test_a_sequence_may_change_graphs_at_any_step(demo: Lowered) -> None:
     agreement = []
     for step, token in enumerate(tokens[8:]):
         if step % 5 == 4:
-            hybrid.decode, hybrid.prefill = hybrid.prefill, hybrid.decode
+            hybrid.decode, hybrid.batch = hybrid.batch, hybrid.decode
         found, wanted = (each.decode(np.array([token])) for each in (runner, expected))
         agreement.append(found.argmax() == wanted.argmax())
     assert np.mean(agreement) >= 0.95
 
 
 @pytest.mark.model
-def test_both_graphs_of_a_hybrid_share_what_is_equal(demo: Lowered) -> None:
+def test_an_int8_cache_costs_little_beside_int4_weights(demo: Lowered) -> None:
+    """Read as one prompt, each token attends to keys and values that went through eight bits."""
+    cache8, cache32 = demo.fidelity("int4-cache8"), demo.fidelity("int4")
+    assert cache8.mean_kl != cache32.mean_kl
+    assert cache8.mean_kl <= 1.3 * cache32.mean_kl
+
+
+@pytest.mark.model
+def test_no_channel_of_the_cache_is_clipped_or_wasted(demo: Lowered) -> None:
+    tokens = demo.passages[0].tokens
+    runner = GraphRunner(demo.graphs("fp32"), 1, len(tokens))
+    runner.prefill([tokens], [[len(tokens) - 1]])
+    steps = np.abs(runner.cache / demo.kv_scales[:, :, None, :, None]).max(axis=(2, 4))
+    assert steps.max() <= KV_STEPS
+    assert np.median(steps) > KV_STEPS / 4
+
+
+@pytest.mark.model
+def test_the_graphs_of_a_hybrid_share_what_is_equal(demo: Lowered) -> None:
     hybrid = demo.directories["hybrid"]
     assert external_files(hybrid / GRAPH) == {WEIGHTS}
     assert external_files(hybrid / PREFILL_GRAPH) == {WEIGHTS, PREFILL_WEIGHTS}
+    assert external_files(hybrid / BATCH_GRAPH) == {WEIGHTS, PREFILL_WEIGHTS}
     shared = (demo.directories["w8a8"] / WEIGHTS).stat().st_size - (hybrid / PREFILL_WEIGHTS).stat().st_size
     embedding_bytes = demo.source.shapes.vocab_size * demo.source.shapes.hidden_size
     assert shared > embedding_bytes
@@ -152,8 +185,7 @@ def test_both_graphs_of_a_hybrid_share_what_is_equal(demo: Lowered) -> None:
 def test_lowering_again_gives_the_same_bytes(demo: Lowered, tmp_path: Path, name: str) -> None:
     fused = trace(demo.source.directory, tmp_path / "traced")
     fuse(fused, demo.source.shapes)
-    (tmp_path / "again").mkdir()
-    lower(fused, RECIPES[name], tmp_path / "again")
+    make(fused, RECIPES[name], tmp_path / "again", demo.kv_scales)
     for path in demo.directories[name].iterdir():
         assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes(), path.name
 

@@ -22,7 +22,7 @@ MAX_MEAN_KL = 1.0
 class Fidelity:
     """How close an artifact's predictions are to the fp32 graph's, over the positions of all passages.
 
-    ``decode_mean_kl`` is that of a few passages taken step by step in a batch, the other figures are of one pass.
+    ``decode_mean_kl`` is that of a few passages taken step by step, in a batch and alone; the others are of one pass.
 
     Units:
         divergences in nats
@@ -102,13 +102,13 @@ def joined(comparisons: Sequence[Comparison]) -> Comparison:
 
 def _compare_steps(expected: Graphs, graphs: Graphs, passages: Sequence[Passage]) -> Comparison:
     rows, num_steps = longest_answers(passages)
-    steps = decode_steps(graphs, rows, num_steps)
-    return joined(
-        [
-            _compare(_predict(expected, row)[:num_steps], steps[:, index], row.answer[:num_steps])
-            for index, row in enumerate(rows)
-        ]
-    )
+    together = decode_steps(graphs, rows, num_steps)
+    compared = []
+    for index, row in enumerate(rows):
+        likely, answer = _predict(expected, row)[:num_steps], row.answer[:num_steps]
+        alone = decode_steps(graphs, [row], num_steps)[:, 0]
+        compared += [_compare(likely, together[:, index], answer), _compare(likely, alone, answer)]
+    return joined(compared)
 
 
 def _predict(graphs: Graphs, passage: Passage) -> Logits:

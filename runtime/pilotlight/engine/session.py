@@ -13,20 +13,21 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from pilotlight.artifact import GRAPH, PREFILL_GRAPH, WEIGHTS, Artifact, Manifest, Shapes
+from pilotlight.artifact import BATCH_GRAPH, GRAPH, KV_SCALES, PREFILL_GRAPH, WEIGHTS, Artifact, Manifest, Shapes
 from pilotlight.engine.graph_cache import GraphCache
 from pilotlight.engine.pace import DecodeGraph
-from pilotlight.engine.slots import KV_DTYPES, KvCache
+from pilotlight.engine.slots import KV_DTYPES, KvCache, Scales
 from pilotlight.engine.weight_alignment import ALIGNMENT_BYTES, align_weights
 from pilotlight.errors import ArtifactError
 
 Ids = NDArray[np.int64]
 Logits = NDArray[np.float32]
 
-# GroupQueryAttention reads this when a session is made. Its other way of attending, in tiles, is slower on CPUs in every
-# measured shape: docs/performance.md.
+# GroupQueryAttention reads this when a session is made. Its other way of attending, in tiles, was slower in every shape
+# that we measured on CPUs: docs/performance.md.
 os.environ.setdefault("ORT_GQA_DISABLE_FLASH_ATTENTION", "1")
 
+KV_TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int8)": "int8"}
 KEPT_BY = f"onnxruntime {ort.__version__}, weights at multiples of {ALIGNMENT_BYTES}"
 
 
@@ -52,8 +53,10 @@ class Session(Protocol):
 
 
 class OnnxSession:
-    """An artifact's graph on one KV cache, or its two graphs: both read and write the same cache, so a sequence can go
-    from one to the other between any two steps.
+    """An artifact's graphs on one KV cache: all read and write it, so a sequence can go from one to another between any
+    two steps. Where the cache is int8 and the graph for prompts is not, that one has a float32 cache of one slot, from
+    which each chunk is quantized into the prompt's own slot. A prompt is then read from its first to its last chunk
+    with no other prompt between.
 
     The logits that a run returns are valid until the next run of the same kind; the caller may change them in place.
     """
@@ -75,22 +78,62 @@ class OnnxSession:
         self.num_slots = num_slots
         self.max_context_tokens = max_context_tokens
         self._cache = KvCache(manifest.shapes, manifest.kv.dtype, num_slots, max_context_tokens)
+        self._staged = _Staged.of(artifact, max_context_tokens)
         self.kv_bytes_per_token = self._cache.bytes_per_token
         kept = GraphCache(cache_dir, KEPT_BY) if cache_dir is not None else None
-        names = [name for name in (GRAPH, PREFILL_GRAPH) if name in manifest.files]
-        graphs = [_Graph(_load(artifact, name, num_threads, kept), self._cache, manifest.shapes) for name in names]
-        self._graph, self._prefill_graph = graphs[0], graphs[-1]
-        self.has_batch_graph = len(graphs) > 1
+
+        def load(name: str, cache: KvCache) -> _Graph:
+            return _Graph(_load(artifact, name, num_threads, kept), cache, manifest.shapes)
+
+        self._graph = self._prefill_graph = self._batch_graph = load(GRAPH, self._cache)
+        if PREFILL_GRAPH in manifest.files:
+            cache = self._staged.cache if self._staged is not None else self._cache
+            self._prefill_graph = self._batch_graph = load(PREFILL_GRAPH, cache)
+        if BATCH_GRAPH in manifest.files:
+            self._batch_graph = load(BATCH_GRAPH, self._cache)
+        self.has_batch_graph = self._batch_graph is not self._graph
 
     def prefill(self, slot: int, token_ids: Ids, past_tokens: int) -> Logits:
-        return self._prefill_graph.prefill(slot, token_ids, past_tokens)
+        if self._staged is None:
+            return self._prefill_graph.prefill(slot, token_ids, past_tokens)
+        logits = self._prefill_graph.prefill(0, token_ids, past_tokens)
+        end = past_tokens + len(token_ids)
+        self._cache.quantize(slot, self._staged.cache, self._staged.scales, past_tokens, end)
+        return logits
 
     def decode(self, token_ids: Ids, past_tokens: Ids, graph: DecodeGraph = DecodeGraph.MAIN) -> Logits:
-        chosen = self._prefill_graph if graph is DecodeGraph.BATCH else self._graph
+        chosen = self._batch_graph if graph is DecodeGraph.BATCH else self._graph
         return chosen.decode(token_ids, past_tokens)
 
     def move(self, source: int, target: int, num_tokens: int) -> None:
         self._cache.move(source, target, num_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class _Staged:
+    """The float32 cache of the prompt that is being read, and the scales with which it is quantized."""
+
+    cache: KvCache
+    scales: Scales
+
+    @staticmethod
+    def of(artifact: Artifact, max_context_tokens: int) -> _Staged | None:
+        """Return what an artifact needs: nothing where all of its graphs share one kind of cache.
+
+        Raises:
+            ArtifactError: the scales are missing, or not this model's.
+        """
+        shapes, files = artifact.manifest.shapes, artifact.manifest.files
+        if artifact.manifest.kv.dtype != "int8" or PREFILL_GRAPH not in files:
+            return None
+        path = artifact.path / KV_SCALES
+        try:
+            scales = np.load(path, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise ArtifactError(path, "has no scales for the int8 cache") from error
+        if scales.shape != (shapes.num_layers, 2, shapes.num_kv_heads, shapes.head_size) or scales.dtype != np.float32:
+            raise ArtifactError(path, f"has scales of shape {scales.shape}, which is not this model's")
+        return _Staged(KvCache(shapes, "float32", 1, max_context_tokens), scales)
 
 
 class _Graph:
@@ -221,7 +264,9 @@ def _probe(session: ort.InferenceSession, manifest: Manifest) -> Logits:
     """Return the logits [8, V] of a fixed prompt of eight tokens."""
     num_tokens = 8
     shapes = manifest.shapes
-    empty = np.zeros((1, shapes.num_kv_heads, num_tokens, shapes.head_size), KV_DTYPES[manifest.kv.dtype])
+    declared = next(value.type for value in session.get_inputs() if value.name.startswith("past_key_values"))
+    dtype = KV_DTYPES[KV_TYPES[declared]]
+    empty = np.zeros((1, shapes.num_kv_heads, num_tokens, shapes.head_size), dtype)
     layers = range(shapes.num_layers)
     feeds: dict[str, Any] = {f"past_key_values.{layer}.{kind}": empty for layer in layers for kind in ("key", "value")}
     feeds["input_ids"] = np.arange(num_tokens, dtype=np.int64)[None]

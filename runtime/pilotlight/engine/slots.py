@@ -8,11 +8,12 @@ import mmap
 import numpy as np
 from numpy.typing import NDArray
 
-from pilotlight.artifact import Shapes
+from pilotlight.artifact import KV_STEPS, Shapes
 
-KV_DTYPES = {"float32": np.float32, "float16": np.float16}
+KV_DTYPES = {"float32": np.float32, "float16": np.float16, "int8": np.int8}
 
-Buffer = NDArray[np.floating]
+Buffer = NDArray[np.floating | np.int8]
+Scales = NDArray[np.float32]
 
 
 class KvCache:
@@ -40,6 +41,23 @@ class KvCache:
         """Copy the first ``num_tokens`` of one slot over another slot."""
         for buffer in (*self.keys, *self.values):
             buffer[target, :, :num_tokens] = buffer[source, :, :num_tokens]
+
+    def quantize(self, slot: int, staged: KvCache, scales: Scales, first: int, end: int) -> None:
+        """Put the tokens from ``first`` to ``end`` of another cache's only slot into a slot of this one, in 8 bits.
+
+        Shapes:
+            scales [layers, 2, kv heads, D]
+        """
+        for layer, of_layer in enumerate(scales):
+            for of_part, source, target in zip(
+                of_layer,
+                (staged.keys[layer], staged.values[layer]),
+                (self.keys[layer], self.values[layer]),
+                strict=True,
+            ):
+                steps = source[0, :, first:end] / of_part[:, None]
+                np.rint(steps, out=steps)
+                target[slot, :, first:end] = np.clip(steps, -KV_STEPS, KV_STEPS, out=steps)
 
 
 def _allocate(axes: tuple[int, ...], dtype: str) -> Buffer:
