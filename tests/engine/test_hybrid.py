@@ -83,5 +83,5 @@ def test_scales_that_do_not_fit_are_refused(
         (path / KV_SCALES).write_bytes(content)
     elif content is not None:
         np.save(path / KV_SCALES, content)
-    with pytest.raises(ArtifactError, match="kv_scales.npy: has (no )?scales"):
+    with pytest.raises(ArtifactError, match=r"kv_scales\.npy: has (no )?scales"):
         OnnxSession(artifact, num_slots=1, max_context_tokens=CONTEXT, num_threads=1)

@@ -103,7 +103,15 @@ def test_the_interface_is_that_of_fp32(demo: Lowered, name: str) -> None:
 @pytest.mark.model
 @pytest.mark.parametrize(
     ("name", "least_top1", "largest_kl"),
-    [("fp16", 0.99, 1e-4), ("int8", 0.97, 1e-3), ("w8a8", 0.97, 5e-3), ("int4", 0.95, 0.02), ("int4-cache8", 0.95, 0.02), ("hybrid", 0.95, 0.02), ("hybrid-cache32", 0.95, 0.02)],
+    [
+        ("fp16", 0.99, 1e-4),
+        ("int8", 0.97, 1e-3),
+        ("w8a8", 0.97, 5e-3),
+        ("int4", 0.95, 0.02),
+        ("int4-cache8", 0.95, 0.02),
+        ("hybrid", 0.95, 0.02),
+        ("hybrid-cache32", 0.95, 0.02),
+    ],
 )
 def test_a_trained_model_says_nearly_the_same(demo: Lowered, name: str, least_top1: float, largest_kl: float) -> None:
     fidelity = demo.fidelity(name)
