@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from pilotlight.engine.engine import Engine, Event
 from pilotlight.engine.fake import FakeSession
+from pilotlight.engine.grammar import Grammars
 from pilotlight.engine.policy import Policy
 from pilotlight.request import TokenEvent
 
@@ -41,9 +42,14 @@ SMALL_CHUNKS = Policy(max_chunk_tokens=4)
 
 
 @contextmanager
-def engine_on(session: FakeSession, policy: Policy = SMALL_CHUNKS) -> Iterator[tuple[Engine, Log]]:
-    log = Log()
-    engine = Engine(session, log.emit, policy)
+def engine_on(
+    session: FakeSession,
+    policy: Policy = SMALL_CHUNKS,
+    grammars: Grammars | None = None,
+    log: Log | None = None,
+) -> Iterator[tuple[Engine, Log]]:
+    log = log or Log()
+    engine = Engine(session, log.emit, policy, grammars)
     engine.start()
     try:
         yield engine, log

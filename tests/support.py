@@ -40,6 +40,7 @@ from pilotlight.artifact import (
 from pilotlight.config import HostSettings
 from pilotlight.engine.backend import EngineBackend
 from pilotlight.engine.fake import FakeSession, next_token
+from pilotlight.engine.grammar import Grammars
 from pilotlight.engine.policy import Policy
 from pilotlight.function import Function
 from pilotlight.metering.keyring import Keyring
@@ -139,7 +140,8 @@ async def serving(
     resumes_all_streams: bool = False,
 ) -> AsyncIterator[Serving]:
     session = session or FakeSession(VOCAB_SIZE)
-    backend = EngineBackend(session, max_queued_requests, Policy(max_chunk_tokens=8))
+    grammars = Grammars(artifact.tokenizer_path, VOCAB_SIZE, [EOS_ID])
+    backend = EngineBackend(session, max_queued_requests, Policy(max_chunk_tokens=8), grammars)
     metrics = Metrics()
     with (
         Ledger(directory / "usage.db") as ledger,

@@ -43,6 +43,7 @@ from pilotlight.metering.usage import Timings, Usage
 from pilotlight.request import FinishReason, SamplingParams, Sequence, Signals, Start, TokenEvent
 from pilotlight.text.chat_template import load_chat_template
 from pilotlight.text.detokenizer import TextStream
+from pilotlight.text.grammar import check_grammar
 from pilotlight.text.tokenizer import Tokenizer
 
 logger = logging.getLogger("pilotlight.function")
@@ -109,6 +110,7 @@ class Request:
     """What a client asked for, parsed and checked. ``messages`` or ``text`` or ``token_ids`` is the prompt.
 
     With messages, the answer goes on behind ``prefill``, which is part of the prompt.
+    A ``grammar`` (see ``text.grammar``) holds the answer to a form; ``grammar_param`` is where a client gave it.
     With ``num_top_logprobs`` each token comes with its log probability, and so many of the likeliest ones.
     At ``deadline_at``, a monotonic instant, the answer ends as if its length were reached.
     """
@@ -125,6 +127,8 @@ class Request:
     stop_strings: tuple[str, ...] = ()
     ignore_eos: bool = False
     sampling: Mapping[str, Any] = field(default_factory=dict)
+    grammar: str | None = None
+    grammar_param: str = "response_format"
     received_at: float = field(default_factory=time.monotonic)
     deadline_at: float | None = None
     tenant: str | None = None
@@ -322,6 +326,8 @@ class Function:
         if self.draining:
             raise Draining
         prompt_ids = await self._prompt_ids(request)
+        if request.grammar is not None:
+            await _check_grammar(request, request.grammar)
         sequences = self._sequences(request, prompt_ids)
         if request.id in self._running:
             raise RequestIdInUse(request.id)
@@ -456,6 +462,7 @@ class Function:
             sampling=sampling,
             num_top_logprobs=request.num_top_logprobs,
             tenant=request.tenant,
+            grammar=request.grammar,
         )
 
     async def _run(
@@ -629,6 +636,12 @@ class Function:
             reserved_tokens=prompt_tokens + max_new_tokens,
             reserved_micros=self.prices.most_micros(prompt_tokens, max_new_tokens, max_busy_ms),
         )
+
+
+async def _check_grammar(request: Request, grammar: str) -> None:
+    if request.ignore_eos:
+        raise InvalidRequest("ignore_eos", f"ignore_eos cannot be combined with {request.grammar_param}")
+    await asyncio.to_thread(check_grammar, grammar, request.grammar_param)
 
 
 def _caused_by(error: Exception) -> EngineError:

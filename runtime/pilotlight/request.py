@@ -53,6 +53,8 @@ class Sequence:
     Where ``num_top_logprobs`` is given, each token comes with its log probability and those of so many likeliest ones.
     ``emitted_ids`` is the part of the answer that was generated elsewhere already: it counts towards
     ``max_new_tokens``, and what follows is what would have followed there.
+    A ``grammar``, in llguidance's serialized form, says which answers are possible at all; the sequence ends where
+    nothing may follow.
     """
 
     id: str
@@ -63,6 +65,7 @@ class Sequence:
     num_top_logprobs: int | None = None
     emitted_ids: tuple[int, ...] = ()
     tenant: str | None = None
+    grammar: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

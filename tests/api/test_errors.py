@@ -47,7 +47,7 @@ BAD_CHATS: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"n": 17}, 400, "n", "<= 16"),
     ({"audio": {}}, 400, "audio", "not supported"),
     ({"tools": [{"type": "function"}]}, 400, "tools", "not supported"),
-    ({"response_format": {"type": "json_object"}}, 400, "response_format", "not supported"),
+    ({"response_format": {"type": "json"}}, 400, "response_format.type", "invalid value"),
     ({"temprature": 1}, 400, "temprature", "unknown parameter"),
     ({"stream_options": {"include_usage": 1}}, 400, "stream_options.include_usage", "expected bool"),
 ]

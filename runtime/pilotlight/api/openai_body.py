@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar
 import msgspec
 from msgspec import Meta
 
+from pilotlight.api.openai_format import ResponseFormat
 from pilotlight.api.wire import SamplingBody
 
 MAX_STOP_STRINGS = 16
@@ -36,7 +37,6 @@ class GenerationBody(SamplingBody, frozen=True, kw_only=True):
         "functions": ([],),
         "modalities": (["text"],),
         "prediction": (),
-        "response_format": ({"type": "text"},),
         "suffix": ("",),
         "tool_choice": ("none", "auto"),
         "tools": ([],),
@@ -48,6 +48,7 @@ class GenerationBody(SamplingBody, frozen=True, kw_only=True):
     max_tokens: Annotated[int, Meta(ge=1)] | None = None
     stop: Text | Annotated[list[Text], Meta(max_length=MAX_STOP_STRINGS)] | None = None
     n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
+    response_format: ResponseFormat | None = None
     return_token_ids: bool = False
 
     @property

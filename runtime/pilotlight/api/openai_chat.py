@@ -9,6 +9,7 @@ from msgspec import Meta
 
 from pilotlight.answer import Choice, Delta, ToolCall, ToolCallDelta
 from pilotlight.api.openai_body import GenerationBody
+from pilotlight.api.openai_format import format_grammar
 from pilotlight.api.openai_logprobs import chat_logprobs
 from pilotlight.errors import InvalidRequest
 from pilotlight.function import Request
@@ -61,6 +62,7 @@ def chat_request(body: ChatBody, request_id: str) -> Request:
         stop_strings=body.stop_strings,
         ignore_eos=body.ignore_eos,
         sampling=body.sampling,
+        grammar=format_grammar(body.response_format),
     )
 
 

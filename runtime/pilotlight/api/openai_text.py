@@ -8,6 +8,7 @@ from msgspec import Meta
 
 from pilotlight.answer import Choice, Delta
 from pilotlight.api.openai_body import GenerationBody
+from pilotlight.api.openai_format import format_grammar
 from pilotlight.api.openai_logprobs import text_logprobs
 from pilotlight.errors import InvalidRequest
 from pilotlight.function import Request
@@ -41,6 +42,7 @@ def text_request(body: TextBody, request_id: str) -> Request:
         stop_strings=body.stop_strings,
         ignore_eos=body.ignore_eos,
         sampling=body.sampling,
+        grammar=format_grammar(body.response_format),
     )
 
 

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 
 from pilotlight.engine.engine import Engine, Event
+from pilotlight.engine.grammar import Grammars
 from pilotlight.engine.policy import DEFAULT_POLICY, Policy
 from pilotlight.engine.session import Session
 from pilotlight.errors import QueueFull
@@ -15,8 +16,14 @@ from pilotlight.request import Sequence, Signals, TokenEvent
 class EngineBackend:
     """Sequences in, token events out, on the event loop that called ``start``."""
 
-    def __init__(self, session: Session, max_queued_requests: int, policy: Policy = DEFAULT_POLICY) -> None:
-        self._engine = Engine(session, self._emit, policy)
+    def __init__(
+        self,
+        session: Session,
+        max_queued_requests: int,
+        policy: Policy = DEFAULT_POLICY,
+        grammars: Grammars | None = None,
+    ) -> None:
+        self._engine = Engine(session, self._emit, policy, grammars)
         self._max_queued_requests = max_queued_requests
         self._max_sequences = session.num_slots + max_queued_requests
         self._streams: dict[str, asyncio.Queue[TokenEvent]] = {}

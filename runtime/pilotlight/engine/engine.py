@@ -7,16 +7,19 @@ import threading
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Items
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import numpy as np
 
+from pilotlight.engine.grammar import Grammars, GrammarState
 from pilotlight.engine.logprobs import keep_asked, token_logprobs
 from pilotlight.engine.pace import Pace
 from pilotlight.engine.policy import DEFAULT_POLICY, Policy
 from pilotlight.engine.sampler import SamplingRow, sample
 from pilotlight.engine.scheduler import Active, PrefillChunk, Scheduler, SlotMove, StepPlan
 from pilotlight.engine.session import Logits, Session
+from pilotlight.errors import EngineError
 from pilotlight.request import FinishReason, Sequence, Signals, TokenEvent, TokenLogprobs
 
 Event = tuple[str, TokenEvent]
@@ -30,6 +33,12 @@ Outcome = Chosen | Exception | None
 @dataclass(frozen=True, slots=True)
 class _Submit:
     sequence: Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class _Compiled:
+    sequence_id: str
+    grammar: Future[GrammarState]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +56,18 @@ class Engine:
     ``emit`` is called on the engine's thread, once a step, with that step's events in order.
     """
 
-    def __init__(self, session: Session, emit: Emit, policy: Policy = DEFAULT_POLICY) -> None:
+    def __init__(
+        self, session: Session, emit: Emit, policy: Policy = DEFAULT_POLICY, grammars: Grammars | None = None
+    ) -> None:
         assert session.num_slots > 1 or not policy.deterministic
         self._session = session
         self._emit = emit
         self._pace = Pace(policy.max_inter_token_ms, session.has_batch_graph)
         self._scheduler = Scheduler(session.num_slots, policy, self._pace)
-        self._inbox: queue.SimpleQueue[_Submit | _Abort | _Close] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Submit | _Compiled | _Abort | _Close] = queue.SimpleQueue()
+        self._grammars = grammars
+        self._compiling: dict[str, Sequence] = {}
+        self._states: dict[str, GrammarState] = {}
         self._sampling: dict[str, SamplingRow] = {}
         self._prefill_started_at: dict[str, float] = {}
         self._signals = self._measure()
@@ -66,6 +80,8 @@ class Engine:
         """End every sequence as cancelled and stop the thread."""
         self._inbox.put(_Close())
         self._thread.join()
+        if self._grammars is not None:
+            self._grammars.close()
 
     def submit(self, sequence: Sequence) -> None:
         """Hand a sequence over. Its prompt and its new tokens must fit into a slot, and into the cache's budget."""
@@ -95,14 +111,44 @@ class Engine:
             wait = False
             message = self._inbox.get()
             if isinstance(message, _Submit):
-                self._scheduler.add(Active(message.sequence))
-                self._signals = self._measure()
+                self._add(message.sequence)
+            elif isinstance(message, _Compiled):
+                self._add_compiled(message.sequence_id, message.grammar)
             elif isinstance(message, _Abort):
                 self._cancel([a for a in self._scheduler if a.sequence.id == message.sequence_id])
+                self._cancel_compiling([message.sequence_id])
             else:
                 self._cancel(list(self._scheduler))
+                self._cancel_compiling(list(self._compiling))
                 return False
         return True
+
+    def _add(self, sequence: Sequence) -> None:
+        """Queue a sequence; one with a grammar waits beside the queue until the grammar is compiled."""
+        if sequence.grammar is None:
+            self._scheduler.add(Active(sequence))
+        else:
+            assert self._grammars is not None, "a sequence with a grammar, and nobody to compile it"
+            self._compiling[sequence.id] = sequence
+            compiling = self._grammars.compile(sequence.grammar, sequence.emitted_ids, sequence.stop_ids)
+            compiling.add_done_callback(lambda grammar: self._inbox.put(_Compiled(sequence.id, grammar)))
+        self._signals = self._measure()
+
+    def _add_compiled(self, sequence_id: str, grammar: Future[GrammarState]) -> None:
+        sequence = self._compiling.pop(sequence_id, None)
+        if sequence is None:
+            return  # cancelled meanwhile
+        if (error := grammar.exception()) is not None:
+            event = TokenEvent(None, time.monotonic(), FinishReason.ERROR, error=f"{type(error).__name__}: {error}")
+            self._publish([(sequence_id, event)])
+            return
+        self._states[sequence_id] = grammar.result()
+        self._scheduler.add(Active(sequence))
+
+    def _cancel_compiling(self, sequence_ids: list[str]) -> None:
+        now = time.monotonic()
+        found = [sequence_id for sequence_id in sequence_ids if self._compiling.pop(sequence_id, None) is not None]
+        self._publish([(sequence_id, TokenEvent(None, now, FinishReason.CANCELLED)) for sequence_id in found])
 
     def _cancel(self, actives: list[Active]) -> None:
         now = time.monotonic()
@@ -141,9 +187,10 @@ class Engine:
             pasts.append(plan.padding)
         started_at = time.perf_counter()
         try:
+            masks = self._find_banned([active for active in plan.decode if not active.replays])
             logits = self._session.decode(np.array(tokens, np.int64), np.array(pasts, np.int64), plan.graph)
             self._pace.observe_decode(plan.graph, len(tokens), time.perf_counter() - started_at)
-            return self._sample_new(logits[: len(plan.decode)], plan.decode)
+            return self._sample_new(logits[: len(plan.decode)], plan.decode, masks)
         except Exception as error:  # noqa: BLE001 - a failed run must end its sequences, not the engine
             return [error] * len(plan.decode)
 
@@ -151,38 +198,61 @@ class Engine:
         self._prefill_started_at.setdefault(chunk.active.sequence.id, time.monotonic())
         started_at = time.perf_counter()
         try:
+            masks = self._find_banned([chunk.active]) if chunk.gives_token else None
             logits = self._session.prefill(chunk.slot, np.array(chunk.token_ids, np.int64), chunk.past_tokens)
             self._pace.observe_prefill(chunk.num_tokens, time.perf_counter() - started_at)
-            return self._sample(logits, (chunk.active,))[0] if chunk.gives_token else None
+            return self._sample(logits, (chunk.active,), masks)[0] if chunk.gives_token else None
         except Exception as error:  # noqa: BLE001 - as above
             return error
 
-    def _sample_new(self, logits: Logits, actives: tuple[Active, ...]) -> Items[Outcome]:
+    def _find_banned(self, actives: list[Active]) -> Future[None] | None:
+        """Begin with the masks of a step, beside the model's run."""
+        if not self._states or self._grammars is None:
+            return None
+        return self._grammars.find_banned(self._states.get(active.sequence.id) for active in actives)
+
+    def _sample_new(self, logits: Logits, actives: tuple[Active, ...], masks: Future[None] | None) -> Items[Outcome]:
         """Sample for those whose next token is not known yet."""
         if not any(active.replays for active in actives):
-            return self._sample(logits, actives)
+            return self._sample(logits, actives, masks)
         new = [row for row, active in enumerate(actives) if not active.replays]
         outcomes: list[Outcome] = [None] * len(actives)
         if new:
-            for row, chosen in zip(new, self._sample(logits[new], tuple(actives[row] for row in new)), strict=True):
+            sampled = self._sample(logits[new], tuple(actives[row] for row in new), masks)
+            for row, chosen in zip(new, sampled, strict=True):
                 outcomes[row] = chosen
         return outcomes
 
-    def _sample(self, logits: Logits, actives: tuple[Active, ...]) -> list[Chosen]:
+    def _sample(
+        self, logits: Logits, actives: tuple[Active, ...], masks: Future[None] | None
+    ) -> list[Chosen | Exception]:
+        if masks is not None:
+            masks.result()
         rows = [self._sampling_row(active, logits.shape[1]) for active in actives]
         nums_top = [active.sequence.num_top_logprobs for active in actives]
         kept = keep_asked(logits, nums_top)
         token_ids: list[int] = sample(logits, rows).tolist()
-        return [
+        chosen: list[Chosen] = [
             (token_id, None if row is None else token_logprobs(row, token_id, num_top or 0))
             for token_id, row, num_top in zip(token_ids, kept, nums_top, strict=True)
         ]
+        return [self._checked(active, one) for active, one in zip(actives, chosen, strict=True)]
+
+    def _checked(self, active: Active, chosen: Chosen) -> Chosen | Exception:
+        """Return what was chosen for a sequence, or why its grammar could not tell what is allowed."""
+        if (state := self._states.get(active.sequence.id)) is None:
+            return chosen
+        if (failure := state.failure) is not None:
+            return EngineError(f"the grammar failed: {failure}")
+        active.complete = state.complete
+        return chosen
 
     def _sampling_row(self, active: Active, vocab_size: int) -> SamplingRow:
         sequence = active.sequence
         row = self._sampling.get(sequence.id)
         if row is None:
-            row = SamplingRow(sequence.sampling, sequence.prompt_ids, vocab_size, sequence.emitted_ids)
+            state = self._states.get(sequence.id)
+            row = SamplingRow(sequence.sampling, sequence.prompt_ids, vocab_size, sequence.emitted_ids, state)
             self._sampling[sequence.id] = row
         return row
 
@@ -202,6 +272,7 @@ class Engine:
     def _end(self, active: Active, event: TokenEvent) -> Event:
         self._move(self._scheduler.remove(active))
         self._sampling.pop(active.sequence.id, None)
+        self._states.pop(active.sequence.id, None)
         self._prefill_started_at.pop(active.sequence.id, None)
         return active.sequence.id, event
 
@@ -212,7 +283,7 @@ class Engine:
     def _measure(self) -> Signals:
         scheduler, session = self._scheduler, self._session
         return Signals(
-            num_waiting=len(scheduler.waiting),
+            num_waiting=len(scheduler.waiting) + len(self._compiling),
             num_running=scheduler.num_in_slots,
             num_slots=session.num_slots,
             num_prefill_backlog_tokens=scheduler.num_prefill_backlog_tokens,

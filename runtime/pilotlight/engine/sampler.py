@@ -10,6 +10,7 @@ from collections.abc import Sequence as Rows
 import numpy as np
 from numpy.typing import NDArray
 
+from pilotlight.engine.grammar import GrammarState
 from pilotlight.request import SamplingParams
 
 Floats = NDArray[np.float32]
@@ -23,10 +24,16 @@ class SamplingRow:
     """One sequence's sampling state: its parameters, how many tokens it has drawn, and what it has seen."""
 
     def __init__(
-        self, params: SamplingParams, prompt_ids: Rows[int], vocab_size: int, emitted_ids: Rows[int] = ()
+        self,
+        params: SamplingParams,
+        prompt_ids: Rows[int],
+        vocab_size: int,
+        emitted_ids: Rows[int] = (),
+        grammar: GrammarState | None = None,
     ) -> None:
         """Take up a sequence, behind the part of its answer that was drawn elsewhere."""
         self.params = params
+        self.grammar: GrammarState | None = None
         self.num_drawn = 0
         self._bias_ids = np.fromiter(params.logit_bias.keys(), np.int64)
         self._bias = np.fromiter(params.logit_bias.values(), np.float32)
@@ -38,14 +45,15 @@ class SamplingRow:
             self._seen[np.asarray(prompt_ids, np.int64)] = True
         for token_id in emitted_ids:
             self.commit(token_id)
+        self.grammar = grammar  # which is behind those tokens already
 
     @property
     def adjusts(self) -> bool:
         """Whether the logits change before the choice."""
-        return self._counts is not None or len(self._bias) > 0
+        return self._counts is not None or len(self._bias) > 0 or self.grammar is not None
 
     def adjust(self, logits: Floats) -> None:
-        """Apply the penalties, then the bias, to one row of logits [V] in place.
+        """Apply the penalties, then the bias, then the grammar, to one row of logits [V] in place.
 
         The repetition penalty counts the prompt and the answer, the other two the answer only.
         """
@@ -57,9 +65,13 @@ class SamplingRow:
             logits -= np.float32(self.params.presence_penalty) * (self._counts > 0)
         if len(self._bias):
             logits[self._bias_ids] += self._bias
+        if self.grammar is not None:
+            np.copyto(logits, -np.inf, where=self.grammar.banned)
 
     def commit(self, token_id: int) -> None:
         self.num_drawn += 1
+        if self.grammar is not None:
+            self.grammar.commit(token_id)
         if self._counts is not None and self._seen is not None:
             self._counts[token_id] += 1
             self._seen[token_id] = True

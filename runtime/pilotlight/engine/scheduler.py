@@ -35,6 +35,8 @@ class Active:
     order: int | None = None
     num_lost: int = 0
     num_recomputed: int = 0
+    complete: bool = False
+    """Whether its grammar lets nothing follow."""
 
     def __post_init__(self) -> None:
         self.tokens = [*self.sequence.prompt_ids, *self.sequence.emitted_ids]
@@ -64,7 +66,7 @@ class Active:
     @property
     def finish(self) -> FinishReason | None:
         """Why the sequence has to end after its newest token, if it has to."""
-        if self.num_generated and self.tokens[-1] in self.sequence.stop_ids:
+        if self.complete or (self.num_generated and self.tokens[-1] in self.sequence.stop_ids):
             return FinishReason.STOP
         if self.num_generated >= self.sequence.max_new_tokens:
             return FinishReason.LENGTH

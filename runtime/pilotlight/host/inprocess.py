@@ -9,6 +9,7 @@ from pathlib import Path
 from pilotlight.artifact import open_artifact
 from pilotlight.config import FunctionSettings, HostSettings
 from pilotlight.engine.backend import EngineBackend
+from pilotlight.engine.grammar import Grammars
 from pilotlight.engine.policy import Policy
 from pilotlight.engine.session import OnnxSession
 from pilotlight.function import Function, Observer, UsageLedger
@@ -33,7 +34,7 @@ def open_function(
     cache_dir = Path(host.cache_dir).expanduser() if host.cache_dir else None
     policy = Policy.from_settings(settings)
     session = OnnxSession(artifact, policy.num_slots(settings.num_slots), context, num_threads, cache_dir)
-    backend = EngineBackend(session, settings.max_queued_requests, policy)
+    backend = EngineBackend(session, settings.max_queued_requests, policy, Grammars.of(artifact))
     function = Function(
         name,
         artifact,
