@@ -98,11 +98,11 @@ def toy_manifest(files: dict[str, FileEntry], **changes: Any) -> Manifest:
     return Manifest(**{**fields, **changes})
 
 
-def write_artifact(path: Path, **changes: Any) -> Path:
+def write_artifact(path: Path, chat_template: str = CHATML, **changes: Any) -> Path:
     """Write an artifact whose graph is no graph, for everything above the session."""
     path.mkdir(parents=True)
     toy_tokenizer().save(str(path / TOKENIZER))
-    (path / CHAT_TEMPLATE).write_text(CHATML)
+    (path / CHAT_TEMPLATE).write_text(chat_template)
     (path / GENERATION_CONFIG).write_text('{"do_sample": false}')
     (path / GRAPH).write_bytes(b"no graph")
     (path / WEIGHTS).write_bytes(b"no weights")

@@ -5,11 +5,14 @@ A choice is one sequence's continuation of the prompt; a request may ask for sev
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from pilotlight.request import FinishReason, TokenEvent, TokenLogprobs
 from pilotlight.text.detokenizer import TextStream
 from pilotlight.text.tokenizer import Tokenizer
+from pilotlight.text.tool_calls import Parsed, ToolCallParser
+from pilotlight.text.tool_calls import ToolCallDelta as ToolCallDelta
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,16 +33,6 @@ class Logprobs:
 
     token: ScoredToken
     top: tuple[ScoredToken, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class ToolCallDelta:
-    """A piece of a choice's ``index``-th tool call: the first has ``id`` and ``name``, the arguments' text adds up."""
-
-    index: int
-    arguments: str = ""
-    id: str | None = None
-    name: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +79,21 @@ class Choice:
 class ChoiceStream:
     """Turns one sequence's token events into deltas, up to its end or to a stop string."""
 
-    def __init__(self, index: int, sequence_id: str, stop_ids: frozenset[int], text: TextStream) -> None:
+    def __init__(
+        self,
+        index: int,
+        sequence_id: str,
+        stop_ids: frozenset[int],
+        text: TextStream,
+        calls: ToolCallParser | None = None,
+    ) -> None:
         self.index = index
         self.sequence_id = sequence_id
         self.finish: FinishReason | None = None
         self.stop_detail: str | None = None
         self._stop_ids = stop_ids
         self._text = text
+        self._calls = calls
         self._last_at: float | None = None
 
     def gap_s(self, event: TokenEvent) -> float | None:
@@ -111,11 +112,32 @@ class ChoiceStream:
         logprobs = () if scored is None else (_logprobs(event.token_id, scored, tokenizer),)
         if self._text.stopped_by is not None:
             self.finish, self.stop_detail = FinishReason.STOP, self._text.stopped_by
-        return Delta(text, (event.token_id,), self.index, logprobs)
+        ended = event.finish is not None or self.finish is not None
+        return self._delta(text, (event.token_id,), logprobs, self._parsed_end if ended else self._parsed)
 
     def cut(self) -> Delta:
         """End the choice where it stands, and return what was held back."""
-        return Delta(self._text.finish(), (), self.index)
+        return self._delta(self._text.finish(), (), (), self._parsed_end)
+
+    def _delta(
+        self,
+        text: str,
+        token_ids: tuple[int, ...],
+        logprobs: tuple[Logprobs, ...],
+        parse: Callable[[str], Parsed],
+    ) -> Delta:
+        parsed = parse(text)
+        return Delta(parsed.text, token_ids, self.index, logprobs, tuple(parsed.calls))
+
+    def _parsed(self, text: str) -> Parsed:
+        return Parsed(text) if self._calls is None else self._calls.push(text)
+
+    def _parsed_end(self, text: str) -> Parsed:
+        """Return what the last piece of text turned out to be, with all that was held back."""
+        parsed = self._parsed(text)
+        if self._calls is not None:
+            parsed.text += self._calls.finish().text
+        return parsed
 
 
 def _logprobs(token_id: int, scored: TokenLogprobs, tokenizer: Tokenizer) -> Logprobs:

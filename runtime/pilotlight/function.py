@@ -45,6 +45,8 @@ from pilotlight.text.chat_template import load_chat_template
 from pilotlight.text.detokenizer import TextStream
 from pilotlight.text.grammar import check_grammar
 from pilotlight.text.tokenizer import Tokenizer
+from pilotlight.text.tool_calls import ToolCallParser
+from pilotlight.text.tool_syntax import ToolUse
 
 logger = logging.getLogger("pilotlight.function")
 
@@ -129,6 +131,7 @@ class Request:
     sampling: Mapping[str, Any] = field(default_factory=dict)
     grammar: str | None = None
     grammar_param: str = "response_format"
+    tools: ToolUse | None = None
     received_at: float = field(default_factory=time.monotonic)
     deadline_at: float | None = None
     tenant: str | None = None
@@ -326,13 +329,14 @@ class Function:
         if self.draining:
             raise Draining
         prompt_ids = await self._prompt_ids(request)
+        request = self._with_forced_calls(request)
         if request.grammar is not None:
             await _check_grammar(request, request.grammar)
         sequences = self._sequences(request, prompt_ids)
         if request.id in self._running:
             raise RequestIdInUse(request.id)
         streams = [
-            ChoiceStream(index, sequence.id, sequence.stop_ids, TextStream(self._tokenizer, request.stop_strings))
+            ChoiceStream(index, sequence.id, sequence.stop_ids, self._text_stream(request), self._call_parser(request))
             for index, sequence in enumerate(sequences)
         ]
         invocation = Invocation(self, request, len(prompt_ids), streams)
@@ -407,7 +411,9 @@ class Function:
         if request.token_ids is not None:
             return self._checked_ids(request.token_ids)
         if request.messages is not None:
-            text = self._template.render(request.messages) + request.prefill
+            tools = request.tools.offered if request.tools is not None else ()
+            of_tools = [tool.for_template() for tool in tools] or None
+            text = self._template.render(request.messages, of_tools) + request.prefill
             encode = self._tokenizer.encode_rendered
         else:
             text = request.text or ""
@@ -416,6 +422,32 @@ class Function:
         if not token_ids:
             raise InvalidRequest(request.prompt_param, "the prompt is empty")
         return tuple(token_ids)
+
+    def _with_forced_calls(self, request: Request) -> Request:
+        """Return the request with the grammar of its tool calls, where it demands one or has another grammar beside."""
+        use = request.tools
+        if use is None or use.choice == "none" or (use.choice == "auto" and request.grammar is None):
+            return request
+        syntax = self._template.tool_syntax
+        special_ids = self._tokenizer.special_ids_of(syntax.markers)
+        if use.choice == "required" or request.grammar is None:
+            return replace(request, grammar=syntax.forced_grammar(use, special_ids), grammar_param="tools")
+        beside = syntax.grammar_beside(request.grammar, use, special_ids)
+        if beside is None:
+            raise InvalidRequest(request.grammar_param, f"{request.grammar_param}: only JSON can go with tools")
+        return replace(request, grammar=beside)
+
+    def _text_stream(self, request: Request) -> TextStream:
+        if request.tools is None or not request.tools.offered:
+            return TextStream(self._tokenizer, request.stop_strings)
+        special_ids = self._tokenizer.special_ids_of(self._template.tool_syntax.markers)
+        shown = {token_id: text for text, token_id in special_ids.items()}
+        return TextStream(self._tokenizer, request.stop_strings, shown)
+
+    def _call_parser(self, request: Request) -> ToolCallParser | None:
+        if request.tools is None or not request.tools.offered:
+            return None
+        return ToolCallParser(self._template.tool_syntax, request.tools.names)
 
     def _checked_ids(self, token_ids: tuple[int, ...]) -> tuple[int, ...]:
         vocab_size = self.artifact.manifest.shapes.vocab_size

@@ -46,7 +46,7 @@ BAD_CHATS: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"seed": 2**70}, 400, "seed", ""),
     ({"n": 17}, 400, "n", "<= 16"),
     ({"audio": {}}, 400, "audio", "not supported"),
-    ({"tools": [{"type": "function"}]}, 400, "tools", "not supported"),
+    ({"tools": [{"type": "function"}]}, 400, "tools[0].function", "is required"),
     ({"response_format": {"type": "json"}}, 400, "response_format.type", "invalid value"),
     ({"temprature": 1}, 400, "temprature", "unknown parameter"),
     ({"stream_options": {"include_usage": 1}}, 400, "stream_options.include_usage", "expected bool"),

@@ -7,12 +7,14 @@ from typing import Annotated, Any, ClassVar, Literal
 import msgspec
 from msgspec import Meta
 
-from pilotlight.answer import Choice, Delta, ToolCall, ToolCallDelta
+from pilotlight.answer import Choice, Delta, ToolCall
 from pilotlight.api.openai_body import GenerationBody
 from pilotlight.api.openai_format import format_grammar
 from pilotlight.api.openai_logprobs import chat_logprobs
+from pilotlight.api.openai_tools import ToolChoice, Tools, template_calls, tool_use
 from pilotlight.errors import InvalidRequest
 from pilotlight.function import Request
+from pilotlight.text.tool_calls import ToolCallDelta
 
 
 class TextPart(msgspec.Struct, frozen=True, tag="text"):
@@ -38,6 +40,9 @@ class ChatBody(GenerationBody, frozen=True, kw_only=True):
     max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
 
     @property
     def num_top_logprobs(self) -> int | None:
@@ -57,6 +62,7 @@ def chat_request(body: ChatBody, request_id: str) -> Request:
         id=request_id,
         num_choices=body.n or 1,
         num_top_logprobs=body.num_top_logprobs,
+        tools=tool_use(body.tools, body.tool_choice, body.parallel_tool_calls),
         messages=[_template_message(message, f"messages[{i}]") for i, message in enumerate(body.messages)],
         max_new_tokens=body.max_completion_tokens or body.max_tokens,
         stop_strings=body.stop_strings,
@@ -70,9 +76,11 @@ def _template_message(message: Message, param: str) -> dict[str, Any]:
     """Return a message as chat templates know it: text content, and no role that most have never heard of."""
     role = "system" if message.role == "developer" else message.role
     fields: dict[str, Any] = {"role": role, "content": _text(message, f"{param}.content")}
-    for name in ("name", "tool_calls", "tool_call_id"):
+    for name in ("name", "tool_call_id"):
         if (value := getattr(message, name)) is not None:
             fields[name] = value
+    if message.tool_calls:
+        fields["tool_calls"] = template_calls(message.tool_calls, f"{param}.tool_calls")
     return fields
 
 

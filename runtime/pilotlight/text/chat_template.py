@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from pilotlight.artifact import CHAT_TEMPLATE, Artifact
 from pilotlight.errors import ArtifactError, InvalidRequest
+from pilotlight.text.tool_syntax import described, syntax_of
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -21,8 +22,10 @@ _SHAPE_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticE
 class ChatTemplate:
     """A compiled template, or the lack of one. Compile it once; rendering keeps no state."""
 
-    def __init__(self, template: Template | None, special_texts: Mapping[str, str]) -> None:
+    def __init__(self, template: Template | None, special_texts: Mapping[str, str], source: str | None = None) -> None:
         self._template = template
+        self.tool_syntax = syntax_of(source)
+        self._knows_tools = source is None or "tools" in source
         self._special_texts = dict(special_texts)
 
     def render(
@@ -38,9 +41,13 @@ class ChatTemplate:
 
         Raises:
             InvalidRequest: there is no template, it refuses the messages, or its text is too long.
+
+        Where a template has no words for tools, a system message describes them.
         """
         if self._template is None:
             raise InvalidRequest("messages", "this function's model has no chat template; use /v1/completions")
+        if tools and not self._knows_tools:
+            messages = _with_tools(messages, tools)
         usual = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": True}
         from jinja2 import TemplateError
 
@@ -70,9 +77,19 @@ def load_chat_template(artifact: Artifact, special_texts: Mapping[str, str]) -> 
     from pilotlight.text.sandbox import compile_template
 
     try:
-        return ChatTemplate(compile_template(source), special_texts)
+        return ChatTemplate(compile_template(source), special_texts, source)
     except TemplateError as error:
         raise ArtifactError(path, f"is not a chat template ({_one_line(error)})") from error
+
+
+def _with_tools(
+    messages: Sequence[Mapping[str, object]], tools: Sequence[Mapping[str, object]]
+) -> Sequence[Mapping[str, object]]:
+    first = messages[0] if messages and messages[0].get("role") == "system" else None
+    told = described(tools)
+    if first is None:
+        return [{"role": "system", "content": told}, *messages]
+    return [{**first, "content": f"{first.get('content') or ''}\n\n{told}"}, *messages[1:]]
 
 
 def _join(pieces: Iterable[str]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from pilotlight.text.tokenizer import Tokenizer
 
@@ -22,14 +22,18 @@ class Detokenizer:
     and raises where invalid bytes follow a character that was made of byte tokens.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, shown: Mapping[int, str] | None = None) -> None:
+        """``shown`` are special tokens that have a text here, which they don't have otherwise."""
         self._tokenizer = tokenizer
+        self._shown = shown or {}
         self._context_ids: list[int] = []
         self._context = ""
         self._held_ids: list[int] = []
 
     def push(self, token_id: int) -> str:
         """Return the text that ``token_id`` completes, or the empty string."""
+        if token_id in self._shown:
+            return self._show(self._shown[token_id])
         if token_id in self._tokenizer.special_ids:
             return ""
         self._held_ids.append(token_id)
@@ -38,6 +42,11 @@ class Detokenizer:
             return ""
         self._context_ids, self._held_ids = self._held_ids, []
         self._context = self._tokenizer.decode(self._context_ids)
+        return text
+
+    def _show(self, special: str) -> str:
+        text = self.finish() + special
+        self._context_ids, self._context = [], ""
         return text
 
     def finish(self) -> str:
@@ -99,8 +108,8 @@ class StopStrings:
 class TextStream:
     """The text of one answer, as far as it may be shown: detokenized, and cut before the first stop string."""
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
-        self._detokenizer = Detokenizer(tokenizer)
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), shown: Mapping[int, str] | None = None) -> None:
+        self._detokenizer = Detokenizer(tokenizer, shown)
         self._stops = StopStrings(stops)
 
     @property

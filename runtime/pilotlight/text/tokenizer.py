@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -53,6 +53,11 @@ class Tokenizer:
         """Return the text of ``ids`` without special tokens; ids outside the vocabulary have no text."""
         text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
         return text
+
+    def special_ids_of(self, texts: Iterable[str]) -> dict[str, int]:
+        """Return the ids of those texts that are special tokens."""
+        ids = {text: self._tokenizer.token_to_id(text) for text in texts}
+        return {text: token_id for text, token_id in ids.items() if token_id in self.special_ids}
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes of one token by itself; an id outside the vocabulary has none."""
