@@ -215,10 +215,22 @@ def server_process(
     artifact: Path, ledger: Path, *options: str, python: str = sys.executable
 ) -> Iterator[ServerProcess]:
     """Serve an artifact as ``demo`` on a free port; the process has ended when the block is left."""
-    command = [python, "-m", "pilotlight", "serve", str(artifact), "--name", "demo", "--port", "0"]
-    with subprocess.Popen(
-        [*command, "--ledger", str(ledger), *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    with _serving_process(ledger, [python, str(artifact), "--name", "demo", *options]) as server:
+        yield server
+
+
+@contextmanager
+def config_process(config: Path, ledger: Path) -> Iterator[ServerProcess]:
+    """Serve the functions of a configuration on a free port; the process has ended when the block is left."""
+    with _serving_process(ledger, [sys.executable, "--config", str(config)]) as server:
+        yield server
+
+
+@contextmanager
+def _serving_process(ledger: Path, arguments: list[str]) -> Iterator[ServerProcess]:
+    python, *options = arguments
+    command = [python, "-m", "pilotlight", "serve", *options, "--port", "0", "--ledger", str(ledger)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
             lines = iter(process.stdout.readline, "")

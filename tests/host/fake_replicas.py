@@ -6,11 +6,12 @@ import asyncio
 from collections.abc import Callable
 
 from pilotlight.engine.fake import next_token
-from pilotlight.host.link import Listener
+from pilotlight.host.link import Listener, TemplateListener
 from pilotlight.host.wire import (
     Abort,
     Beat,
     Close,
+    Dormant,
     Failed,
     FromReplica,
     ReplicaSpec,
@@ -37,6 +38,7 @@ class FakeReplica:
         self.sequences: dict[str, Sequence] = {}
         self.killed = self.alive = False
         self.gone = False
+        self.template: FakeTemplate | None = None
         self.num_steps = 0
         self._listener = listener
 
@@ -105,12 +107,39 @@ class FakeReplica:
             self._listener.received(from_replica.decode(encode(message)))
 
 
+class FakeTemplate:
+    """A template which is dormant when a test says so."""
+
+    def __init__(self, launcher: FakeLauncher, spec: ReplicaSpec, listener: TemplateListener) -> None:
+        self.spec = spec
+        self.listener = listener
+        self.gone = False
+        self._launcher = launcher
+
+    def settle(self) -> None:
+        self.listener.template_dormant(Dormant(2, Stages()))
+
+    def launch(self, spec: ReplicaSpec, listener: Listener) -> FakeReplica:
+        assert not self.gone
+        replica = self._launcher.launch(spec, listener)
+        replica.template = self
+        return replica
+
+    def close(self) -> None:
+        self.gone = True
+
+
 class FakeLauncher:
     """Makes fake replicas; ``on_launch`` may start them at once."""
 
     def __init__(self, on_launch: Callable[[FakeReplica], object] = lambda _: None) -> None:
         self.launched: list[FakeReplica] = []
         self.on_launch = on_launch
+        self.templates: list[FakeTemplate] = []
+
+    def launch_template(self, spec: ReplicaSpec, listener: TemplateListener) -> FakeTemplate:
+        self.templates.append(FakeTemplate(self, spec, listener))
+        return self.templates[-1]
 
     @property
     def living(self) -> list[FakeReplica]:

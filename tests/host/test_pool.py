@@ -289,6 +289,61 @@ async def test_an_idle_replica_leaves_and_comes_back() -> None:
 
 
 @on_a_loop
+async def test_light_sleep_keeps_a_template_for_a_while() -> None:
+    stage = Stage(settings_with(policy=Policy(2, idle_timeout_s=10, light_timeout_s=100)))
+    stage.submit("a")
+    await stage.run_out()
+    stage.clock.now += 11
+    stage.pool.tick()
+    assert len(stage.launcher.living) == 1, "it waits for the template"
+    (template,) = stage.launcher.templates
+    template.settle()
+    assert stage.launcher.living == []
+    assert stage.pool.sleep.value == "light"
+    stage.submit("b")
+    await stage.run_out()
+    assert stage.launcher.launched[-1].template is template
+    stage.clock.now += 11
+    stage.pool.tick()
+    assert stage.launcher.living == []
+    assert len(stage.launcher.templates) == 1
+    stage.clock.now += 100
+    stage.pool.tick()
+    assert template.gone
+    assert stage.pool.sleep.value == "deep"
+    assert stage.machine.taken_bytes == 0
+    stage.submit("c")
+    await stage.run_out()
+    assert stage.launcher.launched[-1].template is None
+
+
+@on_a_loop
+async def test_a_request_while_the_template_is_made_finds_the_replica() -> None:
+    stage = Stage(settings_with(policy=Policy(2, idle_timeout_s=10)))
+    stage.submit("a")
+    await stage.run_out()
+    stage.clock.now += 11
+    stage.pool.tick()
+    stage.submit("b")
+    stage.launcher.templates[0].settle()
+    await stage.run_out()
+    assert stage.tokens("b") == expected((1, 2), 4)
+    assert len(stage.launcher.launched) == 1
+
+
+@on_a_loop
+async def test_a_template_that_cannot_be_made_means_deep_sleep() -> None:
+    stage = Stage(settings_with(policy=Policy(2, idle_timeout_s=10)))
+    stage.submit("a")
+    await stage.run_out()
+    stage.clock.now += 11
+    stage.pool.tick()
+    stage.launcher.templates[0].listener.template_ended("no graph")
+    assert stage.launcher.living == []
+    assert stage.pool.sleep.value == "deep"
+
+
+@on_a_loop
 async def test_a_silent_replica_is_killed_and_a_slow_one_is_not() -> None:
     stage = Stage()
     stage.submit("a", max_new_tokens=3)

@@ -15,7 +15,7 @@ import pytest
 from pilotlight.artifact import Artifact
 from pilotlight.metering.ledger_reader import LedgerReader
 from processes import descendants, is_alive, named, wait_for
-from support import ServerProcess, server_process
+from support import ServerProcess, config_process, server_process
 
 pytestmark = [pytest.mark.e2e, pytest.mark.model]
 
@@ -92,6 +92,33 @@ def test_a_killed_replica_costs_no_token(
         record = reader.get(response.headers["x-request-id"])
     assert record is not None
     assert record.completion_tokens == 300
+    assert record.recomputed_tokens > 0
+
+
+def test_light_sleep_and_what_wakes_from_it(demo_fp32: Artifact, tmp_path: Path) -> None:
+    config = tmp_path / "pilotlight.toml"
+    config.write_text(f"[functions.demo]\nartifact = '{demo_fp32.path}'\nidle_timeout_s = 0.5\n")
+    ledger = tmp_path / "usage.db"
+    with config_process(config, ledger) as server, httpx.Client(base_url=server.url, timeout=60) as http:
+        whole = undisturbed(http, **SEEDED)
+        wait_for(lambda: named(server.process.pid, "pl-template") and not named(server.process.pid, "pl-replica"))
+        (template,) = named(server.process.pid, "pl-template")
+        http.get("/metrics")
+        received = []
+        with http.stream("POST", "/v1/completions", json={**BODY, **SEEDED, "stream": True}) as response:
+            for token_id in token_ids(response.iter_lines()):
+                received.append(token_id)
+                if len(received) == 1:
+                    assert named(template, "pl-replica")
+                if len(received) == 150:
+                    os.kill(template, signal.SIGKILL)
+        assert received == whole
+        with LedgerReader(ledger) as reader:
+            record = reader.get(response.headers["x-request-id"])
+    assert record is not None
+    assert record.cold_start_ms > 0
+    assert record.fork_ms > 0
+    assert record.session_ms == 0, "the session was inherited"
     assert record.recomputed_tokens > 0
 
 

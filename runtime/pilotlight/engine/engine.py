@@ -46,6 +46,11 @@ class _Abort:
     sequence_id: str
 
 
+@dataclass(frozen=True, slots=True)
+class _Replace:
+    session: Session
+
+
 class _Close:
     pass
 
@@ -64,7 +69,7 @@ class Engine:
         self._emit = emit
         self._pace = Pace(policy.max_inter_token_ms, session.has_batch_graph)
         self._scheduler = Scheduler(session.num_slots, policy, self._pace)
-        self._inbox: queue.SimpleQueue[_Submit | _Compiled | _Abort | _Close] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Submit | _Compiled | _Abort | _Replace | _Close] = queue.SimpleQueue()
         self._grammars = grammars
         self._compiling: dict[str, Sequence] = {}
         self._states: dict[str, GrammarState] = {}
@@ -94,6 +99,10 @@ class Engine:
         """End a sequence as cancelled before the next step; one that has ended already is left alone."""
         self._inbox.put(_Abort(sequence_id))
 
+    def replace_session(self, session: Session) -> None:
+        """Go on with another session between two steps; it must work on the same KV cache."""
+        self._inbox.put(_Replace(session))
+
     def signals(self) -> Signals:
         """Return the load as of the last step or message."""
         return self._signals
@@ -117,6 +126,9 @@ class Engine:
             elif isinstance(message, _Abort):
                 self._cancel([a for a in self._scheduler if a.sequence.id == message.sequence_id])
                 self._cancel_compiling([message.sequence_id])
+            elif isinstance(message, _Replace):
+                self._session = message.session
+                self._pace.has_batch_graph = message.session.has_batch_graph
             else:
                 self._cancel(list(self._scheduler))
                 self._cancel_compiling(list(self._compiling))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ Logits = NDArray[np.float32]
 os.environ.setdefault("ORT_GQA_DISABLE_FLASH_ATTENTION", "1")
 
 KV_TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int8)": "int8"}
+ALL_GRAPHS = (GRAPH, PREFILL_GRAPH, BATCH_GRAPH)
+
 KEPT_BY = f"onnxruntime {ort.__version__}, weights at multiples of {ALIGNMENT_BYTES}"
 
 
@@ -68,8 +71,14 @@ class OnnxSession:
         max_context_tokens: int,
         num_threads: int,
         cache_dir: Path | None = None,
+        *,
+        graphs: Iterable[str] = ALL_GRAPHS,
+        beside: OnnxSession | None = None,
     ) -> None:
         """Load the graphs and allocate the KV cache. In ``cache_dir`` the optimized graphs are kept for the next start.
+
+        Of two sessions ``beside`` each other, on one cache, either can run the next step of any sequence. A session
+        of some of the ``graphs`` is sooner ready.
 
         Raises:
             ArtifactError: ONNX Runtime cannot load a graph.
@@ -77,19 +86,26 @@ class OnnxSession:
         manifest = artifact.manifest
         self.num_slots = num_slots
         self.max_context_tokens = max_context_tokens
-        self._cache = KvCache(manifest.shapes, manifest.kv.dtype, num_slots, max_context_tokens)
-        self._staged = _Staged.of(artifact, max_context_tokens)
+        self._cache: KvCache
+        self._staged: _Staged | None
+        if beside is not None:
+            self._cache, self._staged = beside._cache, beside._staged
+        else:
+            self._cache = KvCache(manifest.shapes, manifest.kv.dtype, num_slots, max_context_tokens)
+            self._staged = _Staged.of(artifact, max_context_tokens)
         self.kv_bytes_per_token = self._cache.bytes_per_token
         kept = GraphCache(cache_dir, KEPT_BY) if cache_dir is not None else None
+        there = [name for name in graphs if name in manifest.files]
 
         def load(name: str, cache: KvCache) -> _Graph:
             return _Graph(_load(artifact, name, num_threads, kept), cache, manifest.shapes)
 
-        self._graph = self._prefill_graph = self._batch_graph = load(GRAPH, self._cache)
-        if PREFILL_GRAPH in manifest.files:
+        first = load(there[0], self._cache)
+        self._graph = self._prefill_graph = self._batch_graph = first
+        if PREFILL_GRAPH in there[1:]:
             cache = self._staged.cache if self._staged is not None else self._cache
             self._prefill_graph = self._batch_graph = load(PREFILL_GRAPH, cache)
-        if BATCH_GRAPH in manifest.files:
+        if BATCH_GRAPH in there[1:]:
             self._batch_graph = load(BATCH_GRAPH, self._cache)
         self.has_batch_graph = self._batch_graph is not self._graph
 
@@ -107,6 +123,13 @@ class OnnxSession:
 
     def move(self, source: int, target: int, num_tokens: int) -> None:
         self._cache.move(source, target, num_tokens)
+
+
+def quickest_graphs(manifest: Manifest) -> tuple[str, ...]:
+    """Return the graphs that give a first token soonest, on one thread: one, unless each has a cache of its own."""
+    if PREFILL_GRAPH not in manifest.files:
+        return (GRAPH,)
+    return ALL_GRAPHS if manifest.kv.dtype == "int8" else (PREFILL_GRAPH,)
 
 
 @dataclass(frozen=True, slots=True)

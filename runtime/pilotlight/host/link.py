@@ -7,7 +7,16 @@ import socket
 from collections.abc import Callable
 from typing import Protocol
 
-from pilotlight.host.wire import READ_BYTES, FrameReader, FromReplica, ReplicaSpec, ToReplica, frame, from_replica
+from pilotlight.host.wire import (
+    READ_BYTES,
+    Dormant,
+    FrameReader,
+    FromReplica,
+    ReplicaSpec,
+    ToReplica,
+    frame,
+    from_replica,
+)
 
 MAX_UNSENT_BYTES = 64 * 1024 * 1024
 """More than this in front of a replica that does not read, and it counts as hung."""
@@ -36,11 +45,39 @@ class Listener(Protocol):
         """The wire is closed: the process is gone. Called once, and nothing after it."""
 
 
-class Launcher(Protocol):
+class TemplateListener(Protocol):
+    """Whom a template concerns."""
+
+    def template_dormant(self, message: Dormant) -> None:
+        """It holds its session, and can be forked from."""
+
+    def template_ended(self, cause: str) -> None:
+        """It could not be made, or is gone."""
+
+
+class Forks(Protocol):
     """Makes replicas."""
 
     def launch(self, spec: ReplicaSpec, listener: Listener) -> Link:
         """Have a replica started; it reports to the listener when it has. Never blocks.
+
+        Raises:
+            OSError: no process can be made.
+        """
+
+
+class TemplateLink(Forks, Protocol):
+    """A template as the pool sees it."""
+
+    def close(self) -> None:
+        """End it, and with it the replicas that were forked from it."""
+
+
+class Launcher(Forks, Protocol):
+    """Makes replicas from nothing, and templates."""
+
+    def launch_template(self, spec: ReplicaSpec, listener: TemplateListener) -> TemplateLink:
+        """Have a template made; it reports to the listener. Never blocks.
 
         Raises:
             OSError: no process can be made.

@@ -17,16 +17,16 @@ from typing import Protocol
 import msgspec
 
 from pilotlight.errors import Draining, QueueFull, StartFailed
-from pilotlight.host.autoscaler import Load, Policy, needed_replicas, predicted_wait_s, wanted_replicas
+from pilotlight.host.autoscaler import Load, Policy, Sleep, needed_replicas, predicted_wait_s, sleep_of, wanted_replicas
 from pilotlight.host.fair_queue import FairQueue
 from pilotlight.host.journal import Entry
 from pilotlight.host.link import Launcher
 from pilotlight.host.machine import Machine, Room
 from pilotlight.host.measures import Measures
 from pilotlight.host.memory import Idle, estimated_bytes, private_bytes
-from pilotlight.host.replica_handle import Replica, State
+from pilotlight.host.replica_handle import Replica, State, TemplateHandle
 from pilotlight.host.routing import prefix_blocks, route
-from pilotlight.host.wire import Abort, Beat, Failed, FromReplica, ReplicaSpec, Stages, Started, Step, Submit
+from pilotlight.host.wire import Abort, Beat, Dormant, Failed, FromReplica, ReplicaSpec, Stages, Started, Step, Submit
 from pilotlight.request import Sequence, Signals, Start, TokenEvent
 
 logger = logging.getLogger("pilotlight.host")
@@ -34,6 +34,7 @@ logger = logging.getLogger("pilotlight.host")
 MAX_KILLED_STARTS = 3
 MAX_BACK_OFF_S = 60.0
 CLOSE_TIMEOUT_S = 5.0
+TEMPLATE_BYTES = 100 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,7 @@ class Pool:
         self._num_killed_starts = 0
         self._retry_at = 0.0
         self._cause = ""
+        self._template = TemplateHandle(f"{settings.name}-template")
         self._closing = False
         self._empty = asyncio.Event()
         self._empty.set()
@@ -154,6 +156,7 @@ class Pool:
             for replica in self.replicas.values():
                 replica.kill()
             await self._empty.wait()
+        self._drop_template()
         self._machine.leave(self)
 
     # what the host calls
@@ -222,11 +225,39 @@ class Pool:
         """Return the replicas that could leave, were their memory needed."""
         spare = [replica for replica in self.ready if not replica.entries]
         spare = spare[: max(0, len(self.ready) - self._floor)]
-        return [Idle(r.id, r.num_bytes, self.measures.start_s * 1000, self._clock() - r.used_at) for r in spare]
+        restart_ms = self.measures.start_s * 1000
+        idle = [Idle(one.id, one.num_bytes, restart_ms, self._clock() - one.used_at) for one in spare]
+        if self._template.forks is not None and not self.replicas:
+            idle.append(Idle(self._template.name, self._template.num_bytes, restart_ms, self.idle_s))
+        return idle
 
     def evict(self, name: str) -> None:
-        """Let an idle replica go."""
-        self._let_go(self.replicas[name])
+        """Let an idle replica go, or the template."""
+        if name == self._template.name:
+            self._drop_template()
+        else:
+            self._let_go(self.replicas[name])
+
+    @property
+    def sleep(self) -> Sleep:
+        """Say whether there is a replica, or at least a template."""
+        if self.replicas:
+            return Sleep.AWAKE
+        return Sleep.LIGHT if self._template.forks is not None else Sleep.DEEP
+
+    @property
+    def template_pid(self) -> int | None:
+        return self._template.pid
+
+    def template_dormant(self, message: Dormant) -> None:
+        self._template.dormant(message)
+        self.act()
+
+    def template_ended(self, cause: str) -> None:
+        logger.warning("%s: the template is lost: %s", self.settings.name, cause)
+        self._template.failed = True
+        self._drop_template()
+        self.act()
 
     # what replicas say
 
@@ -328,8 +359,38 @@ class Pool:
             if now < self._retry_at or not self._start():
                 break
         idle = [replica for replica in self.ready if not replica.entries]
+        if wanted == 0 and idle and self._prepare_to_sleep():
+            return  # they leave when the template is there
         for replica in sorted(idle, key=lambda one: one.used_at)[: max(0, load.num_replicas - wanted)]:
             self._let_go(replica)
+        if sleep_of(policy, load.num_replicas, load.idle_s) is Sleep.DEEP:
+            self._drop_template()
+
+    def _prepare_to_sleep(self) -> bool:
+        """Have a template made, where there should be one; True while it is in the making."""
+        template = self._template
+        if template.in_the_making:
+            return True
+        if self.settings.policy.sleep is Sleep.DEEP or template.forks is not None or template.failed:
+            return False
+        num_bytes = TEMPLATE_BYTES
+        if not self._machine.fits(num_bytes) or self._machine.take(template.name, num_bytes) is not Room.TAKEN:
+            return False
+        spec = _spec_of(self.settings.spec, template.name, self._clock(), 0)
+        try:
+            template.link = self._launcher.launch_template(spec, self)
+        except OSError:
+            self._machine.release(template.name)
+            return False
+        template.num_bytes = num_bytes
+        return True
+
+    def _drop_template(self) -> None:
+        """Sleep deeply from now on."""
+        if self._template.link is not None:
+            self._template.link.close()
+            self._template.gone()
+            self._machine.release(self._template.name)
 
     def _start(self) -> bool:
         """Start one more replica, if there is memory for it."""
@@ -351,7 +412,7 @@ class Pool:
         self.replicas[replica_id] = replica
         self._empty.clear()
         try:
-            replica.link = self._launcher.launch(spec, replica)
+            replica.link = (self._template.forks or self._launcher).launch(spec, replica)
         except OSError as error:
             self._remove(replica)
             self._start_failed(f"no process can be made ({error.strerror})")

@@ -1,35 +1,46 @@
-"""A replica: one artifact, one engine, one wire to the host. Ends when the host closes the wire, or asks for it."""
+"""A replica: one artifact, one engine, one wire to the host. Ends when the host closes the wire, or asks for it.
+
+It starts lean: one graph and one thread, which is sooner ready than everything. After the first token it builds the
+rest in the background, on the same KV cache, and the engine moves over between two steps. A template is a process that
+stops where a replica would begin to serve: replicas forked from it inherit its session. That works because a session of
+one thread has no threads that a fork could lose.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import socket
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
-from pilotlight.artifact import open_artifact
+import numpy as np
+
+from pilotlight.artifact import PREFILL_GRAPH, Artifact, open_artifact
 from pilotlight.engine.engine import Engine, Event
-from pilotlight.engine.policy import Policy
-from pilotlight.engine.session import OnnxSession, Session
+from pilotlight.engine.grammar import Grammars
+from pilotlight.engine.session import ALL_GRAPHS, OnnxSession, quickest_graphs
 from pilotlight.errors import PilotlightError
 from pilotlight.host.wire import Abort, Beat, BlockingWire, Close, Failed, ReplicaSpec, Stages, Started, Step, Submit
-from pilotlight.request import Sequence
 
 BEAT_INTERVAL_S = 1.0
 
 
+@dataclass(frozen=True)
 class Loaded:
-    """A session and how long each stage of its making took."""
+    """A lean session, what it is of, and how long each stage of its making took."""
 
-    def __init__(self, session: Session, map_ms: float, session_ms: float) -> None:
-        self.session = session
-        self.map_ms = map_ms
-        self.session_ms = session_ms
+    artifact: Artifact
+    session: OnnxSession
+    map_ms: float
+    session_ms: float
 
 
-def load(spec: ReplicaSpec, num_threads: int) -> Loaded:
-    """Open an artifact, whose checksums the host has compared, and its session.
+def load(spec: ReplicaSpec) -> Loaded:
+    """Open an artifact, whose checksums the host has compared, and a lean session.
 
     Raises:
         ArtifactError: the artifact is damaged or cannot be loaded.
@@ -37,9 +48,22 @@ def load(spec: ReplicaSpec, num_threads: int) -> Loaded:
     begun_at = time.monotonic()
     artifact = open_artifact(Path(spec.artifact))
     mapped_at = time.monotonic()
-    cache_dir = Path(spec.cache_dir) if spec.cache_dir else None
-    session = OnnxSession(artifact, spec.num_slots, spec.max_context_tokens, num_threads, cache_dir)
-    return Loaded(session, _ms(mapped_at - begun_at), _ms(time.monotonic() - mapped_at))
+    # Where a request's tokens must not depend on what ran before it, they must not depend on the graph either.
+    graphs = ALL_GRAPHS if spec.policy.deterministic else quickest_graphs(artifact.manifest)
+    session = OnnxSession(artifact, spec.num_slots, spec.max_context_tokens, 1, _cache_dir(spec), graphs=graphs)
+    return Loaded(artifact, session, _ms(mapped_at - begun_at), _ms(time.monotonic() - mapped_at))
+
+
+def grow(spec: ReplicaSpec, loaded: Loaded) -> OnnxSession | None:
+    """Return a session of all graphs and threads on the same cache, or None where the lean one is all there is.
+
+    Raises:
+        ArtifactError: a graph cannot be loaded.
+    """
+    if spec.num_threads == 1 and PREFILL_GRAPH not in loaded.artifact.manifest.files:
+        return None
+    slots, context = spec.num_slots, spec.max_context_tokens
+    return OnnxSession(loaded.artifact, slots, context, spec.num_threads, _cache_dir(spec), beside=loaded.session)
 
 
 def run(spec: ReplicaSpec, connection: socket.socket) -> None:
@@ -47,22 +71,48 @@ def run(spec: ReplicaSpec, connection: socket.socket) -> None:
     fork_ms = _ms(time.monotonic() - spec.asked_at)
     wire = BlockingWire(connection)
     try:
-        loaded = load(spec, spec.num_threads)
-        warm_up_ms = _warm_up(spec, loaded.session)
+        loaded = load(spec)
+        warm_up_ms = warm_up(loaded.session) if spec.num_warm_up_tokens else 0.0
     except (PilotlightError, MemoryError) as error:
-        wire.send(Failed(_problem(spec, error)))
+        wire.send(Failed(problem_of(spec, error)))
         return
-    stages = Stages("zygote", fork_ms, loaded.map_ms, loaded.session_ms, warm_up_ms)
-    serve(wire, loaded.session, spec, stages)
+    _serve(wire, loaded, spec, Stages("zygote", fork_ms, loaded.map_ms, loaded.session_ms, warm_up_ms))
 
 
-def serve(wire: BlockingWire, session: Session, spec: ReplicaSpec, stages: Stages) -> None:
+def run_from_template(spec: ReplicaSpec, connection: socket.socket, loaded: Loaded) -> None:
+    """Serve on a session that was inherited."""
+    fork_ms = _ms(time.monotonic() - spec.asked_at)
+    _serve(BlockingWire(connection), loaded, spec, Stages("template", fork_ms))
+
+
+def warm_up(session: OnnxSession) -> float:
+    """Compute two tokens that nobody asked for, so that everything which is made at the first run is there."""
+    begun_at = time.monotonic()
+    session.prefill(0, np.zeros(2, np.int64), 0)
+    session.decode(np.zeros(1, np.int64), np.full(1, 2, np.int64))
+    return _ms(time.monotonic() - begun_at)
+
+
+def let_go_of_freed_memory() -> None:
+    """Give back to the system what making a session needed and running it doesn't."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
+def problem_of(spec: ReplicaSpec, error: Exception) -> str:
+    """Say what went wrong, for clients too: they need not know where artifacts lie."""
+    return str(error).replace(f"{spec.artifact}/", "") or "there is not enough memory"
+
+
+def _serve(wire: BlockingWire, loaded: Loaded, spec: ReplicaSpec, stages: Stages) -> None:
     """Report the start, then carry messages to the engine, and its events back."""
     threading.excepthook = _end_process
-    outbox = Outbox(wire, session, spec.policy)
+    outbox = _Outbox(wire, loaded, spec)
     engine = outbox.engine
     engine.start()
     wire.send(Started(os.getpid(), stages))
+    if spec.num_warm_up_tokens:
+        outbox.grow_in_background()
     while (messages := wire.receive(BEAT_INTERVAL_S)) is not None:
         for message in messages:
             if isinstance(message, Submit):
@@ -70,17 +120,18 @@ def serve(wire: BlockingWire, session: Session, spec: ReplicaSpec, stages: Stage
             elif isinstance(message, Abort):
                 engine.abort(message.sequence_id)
             elif isinstance(message, Close):
-                engine.close()
-                return
+                return  # and so ends the process; what ran was ended before
         outbox.beat()
 
 
-class Outbox:
+class _Outbox:
     """The engine's events on their way to the host."""
 
-    def __init__(self, wire: BlockingWire, session: Session, policy: Policy) -> None:
-        self.engine = Engine(session, self._emit, policy)
+    def __init__(self, wire: BlockingWire, loaded: Loaded, spec: ReplicaSpec) -> None:
+        self.engine = Engine(loaded.session, self._emit, spec.policy, Grammars.of(loaded.artifact))
         self._wire = wire
+        self._lean: Loaded | None = loaded
+        self._spec = spec
         self._num_steps = 0
         self._next_beat_at = 0.0
 
@@ -91,30 +142,28 @@ class Outbox:
             self._next_beat_at = now + BEAT_INTERVAL_S / 2
             self._wire.send(Beat(self._num_steps, self.engine.signals()))
 
+    def grow_in_background(self) -> None:
+        """Build the whole session beside the lean one."""
+        if self._lean is not None:
+            lean, self._lean = self._lean, None
+            threading.Thread(target=self._grow, args=(lean,), name="pilotlight-grow", daemon=True).start()
+
+    def _grow(self, lean: Loaded) -> None:
+        if (session := grow(self._spec, lean)) is not None:
+            self.engine.replace_session(session)
+            del lean
+            let_go_of_freed_memory()
+
     def _emit(self, events: list[Event]) -> None:
         """Runs on the engine's thread, once a step, also where a step has no events."""
         self._num_steps += 1
         if events:
             self._wire.send(Step(events, self.engine.signals()))
+            self.grow_in_background()
 
 
-def _warm_up(spec: ReplicaSpec, session: Session) -> float:
-    """Generate a token that nobody asked for, where the host wants the replica's first request to find it warm."""
-    if not spec.num_warm_up_tokens:
-        return 0.0
-    begun_at = time.monotonic()
-    done = threading.Event()
-    engine = Engine(session, lambda events: done.set() if any(e.finish for _, e in events) else None, spec.policy)
-    engine.start()
-    engine.submit(Sequence("warm-up", (0,), spec.num_warm_up_tokens))
-    done.wait()
-    engine.close()
-    return _ms(time.monotonic() - begun_at)
-
-
-def _problem(spec: ReplicaSpec, error: Exception) -> str:
-    """Say what went wrong, for clients too: they need not know where artifacts lie."""
-    return str(error).replace(f"{spec.artifact}/", "") or "there is not enough memory"
+def _cache_dir(spec: ReplicaSpec) -> Path | None:
+    return Path(spec.cache_dir) if spec.cache_dir else None
 
 
 def _end_process(args: object) -> None:

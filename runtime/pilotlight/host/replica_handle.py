@@ -7,9 +7,9 @@ from enum import Enum
 from typing import Protocol
 
 from pilotlight.host.journal import Entry
-from pilotlight.host.link import Link
+from pilotlight.host.link import Link, TemplateLink
 from pilotlight.host.routing import Choice, KnownPrefixes
-from pilotlight.host.wire import Beat, Close, FromReplica, Stages, Started
+from pilotlight.host.wire import Beat, Close, Dormant, FromReplica, Stages, Started
 from pilotlight.request import Signals
 
 LOOK_AHEAD = 1
@@ -113,3 +113,29 @@ class Replica:
 
     def ended(self, cause: str) -> None:
         self._owner.ended(self, cause)
+
+
+class TemplateHandle:
+    """The template of a function, if there is one."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.num_bytes = 0
+        self.link: TemplateLink | None = None
+        self.pid: int | None = None
+        self.failed = False
+
+    @property
+    def in_the_making(self) -> bool:
+        return self.link is not None and self.pid is None
+
+    @property
+    def forks(self) -> TemplateLink | None:
+        """What replicas can be forked from."""
+        return self.link if self.pid is not None else None
+
+    def dormant(self, message: Dormant) -> None:
+        self.pid = message.pid
+
+    def gone(self) -> None:
+        self.link = self.pid = None

@@ -18,8 +18,22 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NoReturn
 
+from pilotlight.errors import PilotlightError
+from pilotlight.host import replica
 from pilotlight.host.lifeline import die_with, ignore_signals_of_the_group, name_process
-from pilotlight.host.wire import Exited, Forked, ForkReplica, ForkTemplate, FromZygote, encode, to_zygote
+from pilotlight.host.wire import (
+    Dormant,
+    Exited,
+    Forked,
+    ForkReplica,
+    ForkTemplate,
+    FromZygote,
+    ReplicaSpec,
+    Stages,
+    Unfit,
+    encode,
+    to_zygote,
+)
 
 MAX_MESSAGE_BYTES = 64 * 1024
 
@@ -118,9 +132,24 @@ def _report(control: socket.socket, message: FromZygote) -> None:
 
 
 def _child(message: ForkReplica | ForkTemplate, connection: socket.socket) -> None:
-    from pilotlight.host import replica
+    if isinstance(message, ForkReplica):
+        replica.run(message.spec, connection)
+    else:
+        _be_template(message.spec, connection)
 
-    replica.run(message.spec, connection)
+
+def _be_template(spec: ReplicaSpec, control: socket.socket) -> None:
+    """Load what replicas of this spec begin with, then wait to be forked."""
+    try:
+        loaded = replica.load(spec)
+        warm_up_ms = replica.warm_up(loaded.session)
+    except (PilotlightError, MemoryError) as error:
+        _report(control, Unfit(replica.problem_of(spec, error)))
+        return
+    replica.let_go_of_freed_memory()
+    gc.freeze()
+    _report(control, Dormant(os.getpid(), Stages("zygote", 0.0, loaded.map_ms, loaded.session_ms, warm_up_ms)))
+    serve_forks(control, lambda message, wire: replica.run_from_template(message.spec, wire, loaded))
 
 
 def main() -> None:
@@ -128,8 +157,6 @@ def main() -> None:
     die_with(host_pid)
     ignore_signals_of_the_group()
     name_process("pl-zygote")
-    from pilotlight.host import replica  # noqa: F401 - this is what the zygote is for
-
     gc.collect()
     gc.freeze()  # what is here now is shared with all children; the collector must not touch its pages
     serve_forks(socket.socket(fileno=control_fd), _child)
