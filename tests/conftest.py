@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,22 @@ def demo_int4(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 def demo_hybrid(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """The demo model with three graphs and an int8 cache."""
     return export_artifact(DEMO_MODEL, tmp_path_factory.mktemp("demo") / "demo-hybrid", "hybrid")
+
+
+@pytest.fixture(scope="session")
+def demo_artifact(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Callable[[str], Artifact]:
+    """Returns the demo model in a precision, exported when it is first asked for."""
+
+    @cache
+    def artifact(precision: str) -> Artifact:
+        if precision in ("fp32", "int4", "hybrid"):
+            made: Artifact = request.getfixturevalue(f"demo_{precision}")
+            return made
+        return export_artifact(DEMO_MODEL, tmp_path_factory.mktemp("demo") / f"demo-{precision}", precision)
+
+    return artifact
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -54,6 +54,7 @@ CHATML = (
 VOCAB_SIZE = 258
 EOS_ID = 257
 MAX_BODY_BYTES = 100_000
+SMALL_CHUNKS = Policy(max_chunk_tokens=8)
 PRICES = {"prompt_per_million_tokens": "1000000", "completion_per_million_tokens": "2000000"}
 
 
@@ -135,13 +136,14 @@ async def serving(
     directory: Path,
     session: FakeSession | None = None,
     max_queued_requests: int = 8,
+    policy: Policy = SMALL_CHUNKS,
     resume_window_s: float = 30.0,
     max_kept_answer_bytes: int = 1_000_000,
     resumes_all_streams: bool = False,
 ) -> AsyncIterator[Serving]:
     session = session or FakeSession(VOCAB_SIZE)
     grammars = Grammars(artifact.tokenizer_path, VOCAB_SIZE, [EOS_ID])
-    backend = EngineBackend(session, max_queued_requests, Policy(max_chunk_tokens=8), grammars)
+    backend = EngineBackend(session, max_queued_requests, policy, grammars)
     metrics = Metrics()
     with (
         Ledger(directory / "usage.db") as ledger,

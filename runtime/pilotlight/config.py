@@ -51,7 +51,8 @@ class FunctionSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``[functions.NAME]``: one artifact and how much work it takes at a time.
 
     ``max_context_tokens`` left out means the model's own context, 4,096 at most; ``num_threads`` the machine's cores.
-    ``max_inter_token_ms``, ``kv_budget_tokens`` and ``deterministic`` are explained in ``engine.policy``.
+    ``max_inter_token_ms``, ``kv_budget_tokens``, ``deterministic``, ``prefix_cache_mb`` and
+    ``share_prefixes`` are explained in ``engine.policy``.
     After ``max_duration_s`` an answer ends as if its length were reached. ``prices`` are decimal strings, see
     ``metering.prices``. What scales and sleeps is described in docs/host.md.
     """
@@ -64,6 +65,8 @@ class FunctionSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_inter_token_ms: Annotated[float, Meta(gt=0)] | None = None
     kv_budget_tokens: Positive | None = None
     deterministic: bool = False
+    prefix_cache_mb: Annotated[int, Meta(ge=0)] = 64
+    share_prefixes: bool = False
     num_threads: Positive | None = None
     max_duration_s: Annotated[float, Meta(gt=0, le=86400)] = 3600.0
     min_replicas: Annotated[int, Meta(ge=0, le=256)] = 0

@@ -114,6 +114,7 @@ class Request:
     With messages, the answer goes on behind ``prefill``, which is part of the prompt.
     A ``grammar`` (see ``text.grammar``) holds the answer to a form; ``grammar_param`` is where a client gave it.
     With ``num_top_logprobs`` each token comes with its log probability, and so many of the likeliest ones.
+    Requests of one ``tenant`` with the same ``cache_key`` reuse each other's prompts where they begin the same.
     At ``deadline_at``, a monotonic instant, the answer ends as if its length were reached.
     """
 
@@ -137,6 +138,7 @@ class Request:
     tenant: str | None = None
     key_id: str | None = None
     claim: Claim | None = None
+    cache_key: str | None = None
 
     @property
     def prompt_param(self) -> str:
@@ -229,6 +231,7 @@ class _Progress:
     replica_id: str | None = None
     start: Start | None = None
     num_recomputed_tokens: int = 0
+    num_cached_tokens: int = 0
     retry_after_s: float | None = None
 
     def count(self, event: TokenEvent) -> None:
@@ -242,6 +245,7 @@ class _Progress:
         if self.first_token_at is None:
             self.first_token_at = event.at
             self.prefill_started_at = event.prefill_started_at
+            self.num_cached_tokens = event.num_cached_tokens
 
     def mark(self, num_prompt_tokens: int) -> Mark:
         """Return what was used up to now, for the note of a token."""
@@ -495,6 +499,7 @@ class Function:
             num_top_logprobs=request.num_top_logprobs,
             tenant=request.tenant,
             grammar=request.grammar,
+            cache_key=request.cache_key,
         )
 
     async def _run(
@@ -719,6 +724,7 @@ def _usage(invocation: Invocation, progress: _Progress) -> Usage:
     left_early = progress.finish is FinishReason.CANCELLED
     return Usage(
         prompt_tokens=invocation.num_prompt_tokens if progress.prefill_started_at is not None else 0,
+        cached_tokens=progress.num_cached_tokens,
         completion_tokens=progress.num_completion_tokens,
         delivered_tokens=invocation.num_delivered_tokens if left_early else progress.num_completion_tokens,
         recomputed_tokens=progress.num_recomputed_tokens,

@@ -55,6 +55,7 @@ class Sequence:
     ``max_new_tokens``, and what follows is what would have followed there.
     A ``grammar``, in llguidance's serialized form, says which answers are possible at all; the sequence ends where
     nothing may follow.
+    Sequences of one ``tenant`` with the same ``cache_key`` reuse each other's prompts where they begin the same.
     """
 
     id: str
@@ -66,6 +67,7 @@ class Sequence:
     emitted_ids: tuple[int, ...] = ()
     tenant: str | None = None
     grammar: str | None = None
+    cache_key: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +94,8 @@ class TokenEvent:
     """One generated token, or an end without a token. ``at`` is a monotonic instant in seconds.
 
     The event with a ``finish`` is the last one of its sequence. ``prefill_started_at`` is set on the first token. Where
-    a sequence was moved or had to make room, the next event says how many tokens were computed again.
+    a sequence was moved or had to make room, the next event says how many tokens were computed again. So many of its
+    prompt's as ``num_cached_tokens`` on the first token were not computed at all.
     ``retry_after_s`` goes with an error that may be over by then.
     """
 
@@ -106,6 +109,7 @@ class TokenEvent:
     replica_id: str | None = None
     start: Start | None = None
     num_recomputed_tokens: int = 0
+    num_cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,3 +123,6 @@ class Signals:
     kv_used_bytes: int
     kv_reserved_bytes: int
     num_preemptions: int = 0
+    num_prefix_query_tokens: int = 0
+    num_prefix_hit_tokens: int = 0
+    prefix_cache_bytes: int = 0

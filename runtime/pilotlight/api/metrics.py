@@ -25,6 +25,10 @@ GAUGES: dict[str, tuple[str, Callable[[Signals], float]]] = {
     "pilotlight_slots_used_ratio": ("Share of the slots in use.", lambda s: s.num_running / max(1, s.num_slots)),
     "pilotlight_prefill_backlog_tokens": ("Prompt tokens not yet computed.", lambda s: s.num_prefill_backlog_tokens),
     "pilotlight_kv_used_bytes": ("KV cache in use.", lambda s: s.kv_used_bytes),
+    "pilotlight_num_preemptions": ("Sequences that had to make room.", lambda s: s.num_preemptions),
+    "pilotlight_prefix_cache_queries": ("Prompt tokens looked up.", lambda s: s.num_prefix_query_tokens),
+    "pilotlight_prefix_cache_hits": ("Prompt tokens not computed again.", lambda s: s.num_prefix_hit_tokens),
+    "pilotlight_prefix_cache_bytes": ("Memory of kept prompt beginnings.", lambda s: s.prefix_cache_bytes),
     "pilotlight_kv_reserved_bytes": ("KV cache allocated.", lambda s: s.kv_reserved_bytes),
 }
 

@@ -26,7 +26,7 @@ class GenerationBody(SamplingBody, frozen=True, kw_only=True):
     """The parameters that chat and text completions share; ``return_token_ids`` is an extension."""
 
     ignored: ClassVar[frozenset[str]] = frozenset(
-        "metadata parallel_tool_calls prompt_cache_key prompt_cache_retention reasoning_effort safety_identifier "
+        "metadata parallel_tool_calls prompt_cache_retention reasoning_effort safety_identifier "
         "service_tier store user verbosity".split()
     )
     neutral: ClassVar[Mapping[str, tuple[object, ...]]] = {
@@ -49,6 +49,7 @@ class GenerationBody(SamplingBody, frozen=True, kw_only=True):
     stop: Text | Annotated[list[Text], Meta(max_length=MAX_STOP_STRINGS)] | None = None
     n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
     response_format: ResponseFormat | None = None
+    prompt_cache_key: str | None = None
     return_token_ids: bool = False
 
     @property

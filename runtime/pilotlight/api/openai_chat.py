@@ -69,6 +69,7 @@ def chat_request(body: ChatBody, request_id: str) -> Request:
         ignore_eos=body.ignore_eos,
         sampling=body.sampling,
         grammar=format_grammar(body.response_format),
+        cache_key=body.prompt_cache_key,
     )
 
 

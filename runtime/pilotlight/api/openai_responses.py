@@ -161,6 +161,7 @@ def responses_request(body: ResponsesBody, messages: Messages, request_id: str) 
         max_new_tokens=body.max_output_tokens,
         ignore_eos=body.ignore_eos,
         sampling=body.sampling,
+        cache_key=body.prompt_cache_key,
     )
 
 

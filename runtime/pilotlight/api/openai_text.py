@@ -43,6 +43,7 @@ def text_request(body: TextBody, request_id: str) -> Request:
         ignore_eos=body.ignore_eos,
         sampling=body.sampling,
         grammar=format_grammar(body.response_format),
+        cache_key=body.prompt_cache_key,
     )
 
 

@@ -86,7 +86,7 @@ class ResponsesBody(SamplingBody, frozen=True, kw_only=True):
     """What ``POST /v1/responses`` takes; the sampling parameters besides temperature and top_p are extensions."""
 
     ignored: ClassVar[frozenset[str]] = frozenset(
-        "max_tool_calls parallel_tool_calls prompt_cache_key prompt_cache_options prompt_cache_retention reasoning "
+        "max_tool_calls parallel_tool_calls prompt_cache_options prompt_cache_retention reasoning "
         "safety_identifier service_tier user".split()
     )
     neutral: ClassVar[Mapping[str, tuple[object, ...]]] = {
@@ -115,6 +115,7 @@ class ResponsesBody(SamplingBody, frozen=True, kw_only=True):
     )
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     stream_options: StreamOptions | None = None
+    prompt_cache_key: str | None = None
 
     @classmethod
     def normalized(cls, given: dict[str, Any]) -> dict[str, Any]:

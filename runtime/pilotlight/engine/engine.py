@@ -177,6 +177,8 @@ class Engine:
         Letting go moves slots, by the number of tokens that each of them holds.
         """
         self._move(plan.moves)
+        for block in plan.reuse:
+            self._session.load_prefix(len(plan.decode), block.start, block.held)
         outcomes: list[tuple[Active, Outcome]] = []
         if plan.decode:
             outcomes += zip(plan.decode, self._decode(plan), strict=True)
@@ -213,6 +215,7 @@ class Engine:
             masks = self._find_banned([chunk.active]) if chunk.gives_token else None
             logits = self._session.prefill(chunk.slot, np.array(chunk.token_ids, np.int64), chunk.past_tokens)
             self._pace.observe_prefill(chunk.num_tokens, time.perf_counter() - started_at)
+            self._keep_prefix(chunk)
             return self._sample(logits, (chunk.active,), masks)[0] if chunk.gives_token else None
         except Exception as error:  # noqa: BLE001 - as above
             return error
@@ -222,6 +225,15 @@ class Engine:
         if not self._states or self._grammars is None:
             return None
         return self._grammars.find_banned(self._states.get(active.sequence.id) for active in actives)
+
+    def _keep_prefix(self, chunk: PrefillChunk) -> None:
+        """Keep the blocks that a chunk has completed."""
+        prefixes, keys = self._scheduler.prefixes, chunk.active.block_keys
+        size = prefixes.block_tokens
+        for index in range(chunk.past_tokens // size, min(chunk.end // size, len(keys))):
+            if prefixes.lacks(keys, index):
+                held = self._session.save_prefix(chunk.slot, index * size, (index + 1) * size)
+                prefixes.add(keys, index, held)
 
     def _sample_new(self, logits: Logits, actives: tuple[Active, ...], masks: Future[None] | None) -> Items[Outcome]:
         """Sample for those whose next token is not known yet."""
@@ -276,8 +288,15 @@ class Engine:
         started_at = self._prefill_started_at[active.sequence.id] if is_first else None
         token_id, logprobs = chosen
         recomputed, active.num_recomputed = active.num_recomputed, 0
+        num_cached = active.num_reused if is_first else 0
         event = TokenEvent(
-            token_id, now, active.finish, started_at, logprobs=logprobs, num_recomputed_tokens=recomputed
+            token_id,
+            now,
+            active.finish,
+            started_at,
+            logprobs=logprobs,
+            num_recomputed_tokens=recomputed,
+            num_cached_tokens=num_cached,
         )
         return self._end(active, event) if event.finish else (active.sequence.id, event)
 
@@ -302,4 +321,7 @@ class Engine:
             kv_used_bytes=scheduler.num_cached_tokens * session.kv_bytes_per_token,
             kv_reserved_bytes=session.num_slots * session.max_context_tokens * session.kv_bytes_per_token,
             num_preemptions=scheduler.num_preemptions,
+            num_prefix_query_tokens=scheduler.num_prefix_query_tokens,
+            num_prefix_hit_tokens=scheduler.num_prefix_hit_tokens,
+            prefix_cache_bytes=scheduler.prefixes.num_bytes,
         )

@@ -54,6 +54,14 @@ class FakeSession:
     def move(self, source: int, target: int, num_tokens: int) -> None:
         self.slots[target] = self.slots[source][:num_tokens]
 
+    def save_prefix(self, slot: int, start: int, end: int) -> Ids:
+        assert end <= len(self.slots[slot])
+        return np.array(self.slots[slot][start:end], np.int64)
+
+    def load_prefix(self, slot: int, start: int, held: Ids) -> None:
+        self.slots[slot] = [*self.slots[slot][:start], *held.tolist()]
+        assert len(self.slots[slot]) == start + len(held)
+
     def _begin(self) -> None:
         self.before_run()
         self.num_runs += 1

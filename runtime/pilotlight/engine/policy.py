@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from pilotlight.config import FunctionSettings
 
+MAX_BLOCK_TOKENS = 64
+
 
 @dataclass(frozen=True, slots=True)
 class Policy:
@@ -18,12 +20,22 @@ class Policy:
     ``deterministic``: nothing that a sequence's numbers depend on may depend on its neighbours, so every decode step
     runs on one graph and on two rows at least, chunks end at multiples of ``max_chunk_tokens``, and an answer that was
     preempted is replayed by decode steps, as it was made.
+
+    ``prefix_cache_bytes`` hold the beginnings of prompts for the next ones that begin the same; 0: none are kept.
+    ``share_prefixes``: also between tenants, who could then find out by the time that an answer takes what others ask.
     """
 
     max_chunk_tokens: int = 128
     max_inter_token_ms: float | None = None
     kv_budget_tokens: int | None = None
     deterministic: bool = False
+    prefix_cache_bytes: int = 0
+    share_prefixes: bool = False
+
+    @property
+    def prefix_block_tokens(self) -> int:
+        """How many tokens are reused together. Fixed chunks stay where they are if whole ones are reused."""
+        return self.max_chunk_tokens if self.deterministic else min(self.max_chunk_tokens, MAX_BLOCK_TOKENS)
 
     @classmethod
     def from_settings(cls, settings: FunctionSettings) -> Policy:
@@ -33,6 +45,8 @@ class Policy:
             max_inter_token_ms=settings.max_inter_token_ms,
             kv_budget_tokens=settings.kv_budget_tokens,
             deterministic=settings.deterministic,
+            prefix_cache_bytes=settings.prefix_cache_mb << 20,
+            share_prefixes=settings.share_prefixes,
         )
 
     def num_slots(self, asked: int) -> int:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pilotlight.engine.fair_queue import FairQueue
 from pilotlight.engine.pace import DecodeGraph, Pace
 from pilotlight.engine.policy import Policy
+from pilotlight.engine.prefix_cache import Block, PrefixCache
 from pilotlight.request import FinishReason, Sequence
 
 HEADROOM_STEPS = 16
@@ -25,7 +26,8 @@ class Active:
     """A sequence in the engine: its tokens so far, and how many of them the cache holds.
 
     ``num_to_prefill`` tokens are read as a prompt; known tokens behind them are replayed one a step. ``order`` counts
-    admissions. ``num_recomputed`` counts tokens that were computed again, since the last event said so.
+    admissions. ``num_recomputed`` counts tokens that were computed again, since the last event said so; ``num_reused``
+    are those of the prompt that did not have to be computed. ``block_keys`` name its blocks in the prefix cache.
     """
 
     sequence: Sequence
@@ -37,6 +39,8 @@ class Active:
     num_recomputed: int = 0
     complete: bool = False
     """Whether its grammar lets nothing follow."""
+    block_keys: list[bytes] = field(default_factory=list)
+    num_reused: int = 0
 
     def __post_init__(self) -> None:
         self.tokens = [*self.sequence.prompt_ids, *self.sequence.emitted_ids]
@@ -110,6 +114,7 @@ class SlotMove:
 class StepPlan:
     """One step: slots to move first, then a decode run over slots 0 to B - 1, and a prefill run of one slot beside it.
 
+    ``reuse``: blocks to copy into the prefill's slot, behind the moves and before anything runs.
     ``padding``: a second row, for a decode run of one, which holds so many tokens; its result means nothing.
     """
 
@@ -117,6 +122,7 @@ class StepPlan:
     decode: tuple[Active, ...] = ()
     graph: DecodeGraph = DecodeGraph.MAIN
     padding: int | None = None
+    reuse: tuple[Block, ...] = ()
     prefill: PrefillChunk | None = None
 
     def __bool__(self) -> bool:
@@ -134,6 +140,8 @@ class Scheduler:
         self.num_slots = num_slots
         self.policy = policy
         self.pace = pace
+        self.prefixes = PrefixCache(policy.prefix_block_tokens, policy.prefix_cache_bytes)
+        self.num_prefix_query_tokens = self.num_prefix_hit_tokens = 0
         self.waiting: FairQueue[Active] = FairQueue()
         self.running: list[Active] = []
         self.prefilling: Active | None = None
@@ -182,13 +190,13 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """Decide the next step: who has to make room, who is admitted, and what runs."""
         moves = self._make_room()
-        self._admit()
+        reuse = self._admit()
         num_rows = len(self.running)
         padding = None
         if self.policy.deterministic and num_rows == 1:
             # what a prefill has written there stays valid: its next chunk begins where the padding wrote
             padding = self.prefilling.num_cached if self.prefilling else 0
-        return StepPlan(tuple(moves), tuple(self.running), self._graph(), padding, self._chunk())
+        return StepPlan(tuple(moves), tuple(self.running), self._graph(), padding, reuse, self._chunk())
 
     def commit_decode(self, active: Active, token_id: int | None) -> None:
         """Take over what a decode run gave: its token is cached now, and the next one new, unless it was known."""
@@ -236,23 +244,36 @@ class Scheduler:
             past -= 1  # one token alone takes other kernels, which round otherwise: it goes with the one before it
         return PrefillChunk(active, len(self.running), past, end - past)
 
-    def _admit(self) -> None:
+    def _admit(self) -> tuple[Block, ...]:
         """Admit the sequence whose turn it is, when a slot is free, no prompt is half done, and the cache has room."""
         if self.prefilling is not None or len(self.running) >= self.num_slots:
-            return
+            return ()
         active = self.waiting.peek()
         if active is None or not self._has_room(active):
-            return
+            return ()
         self.waiting.remove(active)
-        if active.order is None:
-            active.order = self._num_admitted
-            self._num_admitted += 1
-            self.waiting.charge(active.tenant, len(active.tokens))
         known = active.sequence.prompt_ids if self.policy.deterministic else active.tokens
         active.num_to_prefill = len(known)
-        active.num_recomputed += active.num_lost
+        reuse = self._find_prefix(active)
+        if active.order is None:
+            active.order = self._num_admitted
+            active.num_reused = min(active.num_cached, len(active.sequence.prompt_ids))
+            self._num_admitted += 1
+            self.waiting.charge(active.tenant, active.num_uncached)
+        active.num_recomputed += max(0, active.num_lost - active.num_cached)
         active.num_lost = 0
         self.prefilling = active
+        return reuse
+
+    def _find_prefix(self, active: Active) -> tuple[Block, ...]:
+        tenant = None if self.policy.share_prefixes else active.tenant
+        scope = (tenant, active.sequence.cache_key)
+        active.block_keys = self.prefixes.keys(scope, active.tokens[: active.num_to_prefill])
+        found = tuple(self.prefixes.find(active.block_keys))
+        active.num_cached = found[-1].end if found else 0
+        self.num_prefix_query_tokens += active.num_to_prefill
+        self.num_prefix_hit_tokens += active.num_cached
+        return found
 
     def _has_room(self, active: Active) -> bool:
         if self.policy.kv_budget_tokens is None or not self.running:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from pilotlight.artifact import BATCH_GRAPH, GRAPH, KV_SCALES, PREFILL_GRAPH, WEIGHTS, Artifact, Manifest, Shapes
 from pilotlight.engine.graph_cache import GraphCache
 from pilotlight.engine.pace import DecodeGraph
+from pilotlight.engine.prefix_cache import Held
 from pilotlight.engine.slots import KV_DTYPES, KvCache, Scales
 from pilotlight.engine.weight_alignment import ALIGNMENT_BYTES, align_weights
 from pilotlight.errors import ArtifactError
@@ -53,6 +54,15 @@ class Session(Protocol):
 
     def move(self, source: int, target: int, num_tokens: int) -> None:
         """Copy a slot's cache over another slot's."""
+
+    def save_prefix(self, slot: int, start: int, end: int) -> Held:
+        """Return what a prefill behind ``end`` reads of these tokens of the prompt that a slot was prefilled with last.
+
+        It is asked for between this prompt's chunks or right after the last one, before any other prompt's.
+        """
+
+    def load_prefix(self, slot: int, start: int, held: Any) -> None:
+        """Put what ``save_prefix`` has returned back into a slot, as if it had just been prefilled there."""
 
 
 class OnnxSession:
@@ -123,6 +133,18 @@ class OnnxSession:
 
     def move(self, source: int, target: int, num_tokens: int) -> None:
         self._cache.move(source, target, num_tokens)
+
+    def save_prefix(self, slot: int, start: int, end: int) -> Held:
+        if self._staged is None:
+            return self._cache.copy_out(slot, start, end)
+        return self._staged.cache.copy_out(0, start, end)
+
+    def load_prefix(self, slot: int, start: int, held: Any) -> None:
+        if self._staged is None:
+            self._cache.copy_in(slot, start, held)
+            return
+        self._staged.cache.copy_in(0, start, held)
+        self._cache.quantize(slot, self._staged.cache, self._staged.scales, start, start + held.shape[2])
 
 
 def quickest_graphs(manifest: Manifest) -> tuple[str, ...]:

@@ -59,6 +59,15 @@ class KvCache:
                 np.rint(steps, out=steps)
                 target[slot, :, first:end] = np.clip(steps, -KV_STEPS, KV_STEPS, out=steps)
 
+    def copy_out(self, slot: int, start: int, end: int) -> Buffer:
+        """Return the tokens from ``start`` to ``end`` of a slot, [2 layers, kv heads, tokens, head size]."""
+        return np.stack([buffer[slot, :, start:end] for buffer in (*self.keys, *self.values)])
+
+    def copy_in(self, slot: int, start: int, held: Buffer) -> None:
+        """Write back what ``copy_out`` has returned, from ``start`` on."""
+        for buffer, part in zip((*self.keys, *self.values), held, strict=True):
+            buffer[slot, :, start : start + part.shape[1]] = part
+
 
 def _allocate(axes: tuple[int, ...], dtype: str) -> Buffer:
     """Return a zeroed buffer in small pages.

@@ -138,6 +138,10 @@ class Pool:
             num_prefill_backlog_tokens=self._queue.num_tokens + sum(s.num_prefill_backlog_tokens for s in of_replicas),
             kv_used_bytes=sum(s.kv_used_bytes for s in of_replicas),
             kv_reserved_bytes=sum(s.kv_reserved_bytes for s in of_replicas),
+            num_preemptions=sum(s.num_preemptions for s in of_replicas),
+            num_prefix_query_tokens=sum(s.num_prefix_query_tokens for s in of_replicas),
+            num_prefix_hit_tokens=sum(s.num_prefix_hit_tokens for s in of_replicas),
+            prefix_cache_bytes=sum(s.prefix_cache_bytes for s in of_replicas),
         )
 
     async def close(self) -> None:
