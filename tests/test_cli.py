@@ -42,6 +42,7 @@ COMMANDS = {
     "verify": "Compare an artifact with its source again.",
     "evaluate": "Find the smallest artifact that is good enough.",
     "inspect": "Describe an artifact and verify its checksums.",
+    "bench": "Measure an artifact's speed, and where the time of a step goes.",
     "usage": "Show what was used and what it cost.",
     "keys": "Make, list, end and renew API keys.",
 }

@@ -17,6 +17,7 @@ COMMANDS = {
     "verify": "exporter",
     "evaluate": "exporter",
     "inspect": "inspect",
+    "bench": "bench",
     "usage": "usage",
     "keys": "keys",
 }

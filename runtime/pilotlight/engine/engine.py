@@ -19,6 +19,7 @@ from pilotlight.engine.policy import DEFAULT_POLICY, Policy
 from pilotlight.engine.sampler import SamplingRow, sample
 from pilotlight.engine.scheduler import Active, PrefillChunk, Scheduler, SlotMove, StepPlan
 from pilotlight.engine.session import Logits, Session
+from pilotlight.engine.timeline import NO_TIMELINE, Timeline
 from pilotlight.errors import EngineError
 from pilotlight.request import FinishReason, Sequence, Signals, TokenEvent, TokenLogprobs
 
@@ -62,11 +63,17 @@ class Engine:
     """
 
     def __init__(
-        self, session: Session, emit: Emit, policy: Policy = DEFAULT_POLICY, grammars: Grammars | None = None
+        self,
+        session: Session,
+        emit: Emit,
+        policy: Policy = DEFAULT_POLICY,
+        grammars: Grammars | None = None,
+        timeline: Timeline = NO_TIMELINE,
     ) -> None:
         assert session.num_slots > 1 or not policy.deterministic
         self._session = session
         self._emit = emit
+        self._timeline = timeline
         self._pace = Pace(policy.max_inter_token_ms, session.has_batch_graph)
         self._scheduler = Scheduler(session.num_slots, policy, self._pace)
         self._inbox: queue.SimpleQueue[_Submit | _Compiled | _Abort | _Replace | _Close] = queue.SimpleQueue()
@@ -109,6 +116,7 @@ class Engine:
 
     def _loop(self) -> None:
         while self._receive():
+            self._timeline.enter("schedule")
             plan = self._scheduler.schedule()
             if plan:
                 self._publish(self._step(plan))
@@ -116,6 +124,7 @@ class Engine:
     def _receive(self) -> bool:
         """Take in all messages, waiting for one only when there is nothing to run; False when it is time to end."""
         wait = not len(self._scheduler)
+        self._timeline.enter("idle" if wait else "receive")
         while wait or not self._inbox.empty():
             wait = False
             message = self._inbox.get()
@@ -168,7 +177,9 @@ class Engine:
 
     def _publish(self, events: list[Event]) -> None:
         """Emit a step's events; whoever sees a sequence end sees its slot free, too."""
+        self._timeline.enter("measure")
         self._signals = self._measure()
+        self._timeline.enter("emit")
         self._emit(events)
 
     def _step(self, plan: StepPlan) -> list[Event]:
@@ -176,12 +187,14 @@ class Engine:
 
         Letting go moves slots, by the number of tokens that each of them holds.
         """
+        self._timeline.enter("move")
         self._move(plan.moves)
         for block in plan.reuse:
             self._session.load_prefix(len(plan.decode), block.start, block.held)
         outcomes: list[tuple[Active, Outcome]] = []
         if plan.decode:
             outcomes += zip(plan.decode, self._decode(plan), strict=True)
+            self._timeline.enter("commit")
             for active, chosen in outcomes:
                 if not isinstance(chosen, Exception):
                     self._scheduler.commit_decode(active, chosen and chosen[0])
@@ -190,31 +203,35 @@ class Engine:
             if not isinstance(first, Exception):
                 self._scheduler.commit_prefill(plan.prefill, first and first[0])
             outcomes.append((plan.prefill.active, first))
+        self._timeline.enter("commit")
         now = time.monotonic()
         return [self._event(active, chosen, now) for active, chosen in outcomes if chosen is not None]
 
     def _decode(self, plan: StepPlan) -> Items[Outcome]:
+        self._timeline.enter("bind")
         tokens = [active.next_token for active in plan.decode]
         pasts = [active.num_cached for active in plan.decode]
         if plan.padding is not None:
             tokens.append(0)
             pasts.append(plan.padding)
-        started_at = time.perf_counter()
         try:
             masks = self._find_banned([active for active in plan.decode if not active.replays])
             logits = self._session.decode(np.array(tokens, np.int64), np.array(pasts, np.int64), plan.graph)
-            self._pace.observe_decode(plan.graph, len(tokens), time.perf_counter() - started_at)
+            self._timeline.attribute("run", self._session.run_s)
+            self._pace.observe_decode(plan.graph, len(tokens), self._session.run_s)
             return self._sample_new(logits[: len(plan.decode)], plan.decode, masks)
         except Exception as error:  # noqa: BLE001 - a failed run must end its sequences, not the engine
             return [error] * len(plan.decode)
 
     def _prefill(self, chunk: PrefillChunk) -> Outcome:
         self._prefill_started_at.setdefault(chunk.active.sequence.id, time.monotonic())
-        started_at = time.perf_counter()
+        self._timeline.enter("bind")
         try:
             masks = self._find_banned([chunk.active]) if chunk.gives_token else None
             logits = self._session.prefill(chunk.slot, np.array(chunk.token_ids, np.int64), chunk.past_tokens)
-            self._pace.observe_prefill(chunk.num_tokens, time.perf_counter() - started_at)
+            self._timeline.attribute("run", self._session.run_s)
+            self._pace.observe_prefill(chunk.num_tokens, self._session.run_s)
+            self._timeline.enter("keep prefix")
             self._keep_prefix(chunk)
             return self._sample(logits, (chunk.active,), masks)[0] if chunk.gives_token else None
         except Exception as error:  # noqa: BLE001 - as above
@@ -250,6 +267,7 @@ class Engine:
     def _sample(
         self, logits: Logits, actives: tuple[Active, ...], masks: Future[None] | None
     ) -> list[Chosen | Exception]:
+        self._timeline.enter("sample")
         if masks is not None:
             masks.result()
         rows = [self._sampling_row(active, logits.shape[1]) for active in actives]

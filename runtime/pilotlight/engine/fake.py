@@ -38,6 +38,7 @@ class FakeSession:
         self.before_run = before_run
         self.slots: list[list[int]] = [[] for _ in range(num_slots)]
         self.num_runs = 0
+        self.run_s = 0.001
 
     def prefill(self, slot: int, token_ids: Ids, past_tokens: int) -> Logits:
         self._begin()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -42,6 +43,8 @@ class Session(Protocol):
     max_context_tokens: int
     kv_bytes_per_token: int
     has_batch_graph: bool
+    run_s: float
+    """How long the last prefill or decode was inside the graph."""
 
     def prefill(self, slot: int, token_ids: Ids, past_tokens: int) -> Logits:
         """Run a chunk [T] of one slot's prompt behind its ``past_tokens``; return the last position's logits [1, V]."""
@@ -84,11 +87,13 @@ class OnnxSession:
         *,
         graphs: Iterable[str] = ALL_GRAPHS,
         beside: OnnxSession | None = None,
+        profile_prefix: str | None = None,
     ) -> None:
         """Load the graphs and allocate the KV cache. In ``cache_dir`` the optimized graphs are kept for the next start.
 
         Of two sessions ``beside`` each other, on one cache, either can run the next step of any sequence. A session
         of some of the ``graphs`` is sooner ready.
+        With a ``profile_prefix``, ONNX Runtime writes its own profile to files that begin so, until ``end_profiles``.
 
         Raises:
             ArtifactError: ONNX Runtime cannot load a graph.
@@ -108,8 +113,15 @@ class OnnxSession:
         there = [name for name in graphs if name in manifest.files]
 
         def load(name: str, cache: KvCache) -> _Graph:
-            return _Graph(_load(artifact, name, num_threads, kept), cache, manifest.shapes)
+            if profile_prefix is None:
+                session = _load(artifact, name, num_threads, kept)
+            else:
+                session = _open(artifact.path / name, _profiling_options(num_threads, profile_prefix))
+            self._sessions.append(session)
+            return _Graph(session, cache, manifest.shapes)
 
+        self.run_s = 0.0
+        self._sessions: list[ort.InferenceSession] = []
         first = load(there[0], self._cache)
         self._graph = self._prefill_graph = self._batch_graph = first
         if PREFILL_GRAPH in there[1:]:
@@ -120,19 +132,26 @@ class OnnxSession:
         self.has_batch_graph = self._batch_graph is not self._graph
 
     def prefill(self, slot: int, token_ids: Ids, past_tokens: int) -> Logits:
-        if self._staged is None:
-            return self._prefill_graph.prefill(slot, token_ids, past_tokens)
-        logits = self._prefill_graph.prefill(0, token_ids, past_tokens)
-        end = past_tokens + len(token_ids)
-        self._cache.quantize(slot, self._staged.cache, self._staged.scales, past_tokens, end)
+        graph = self._prefill_graph
+        logits = graph.prefill(slot if self._staged is None else 0, token_ids, past_tokens)
+        self.run_s = graph.run_s
+        if self._staged is not None:
+            end = past_tokens + len(token_ids)
+            self._cache.quantize(slot, self._staged.cache, self._staged.scales, past_tokens, end)
         return logits
 
     def decode(self, token_ids: Ids, past_tokens: Ids, graph: DecodeGraph = DecodeGraph.MAIN) -> Logits:
         chosen = self._batch_graph if graph is DecodeGraph.BATCH else self._graph
-        return chosen.decode(token_ids, past_tokens)
+        logits = chosen.decode(token_ids, past_tokens)
+        self.run_s = chosen.run_s
+        return logits
 
     def move(self, source: int, target: int, num_tokens: int) -> None:
         self._cache.move(source, target, num_tokens)
+
+    def end_profiles(self) -> list[Path]:
+        """Return the profiles that ONNX Runtime has written, one for each graph."""
+        return [Path(session.end_profiling()) for session in self._sessions]
 
     def save_prefix(self, slot: int, start: int, end: int) -> Held:
         if self._staged is None:
@@ -191,6 +210,7 @@ class _Graph:
         self._decode_runs: dict[int, _DecodeRun] = {}
         self._prefill_bindings: dict[int, ort.IOBinding] = {}
         self._prefill_logits = np.empty((1, self._vocab_size), np.float32)
+        self.run_s = 0.0
 
     def prefill(self, slot: int, token_ids: Ids, past_tokens: int) -> Logits:
         binding = self._prefill_bindings.get(slot)
@@ -203,7 +223,7 @@ class _Graph:
         binding.bind_cpu_input("seqlens_k", np.array([past_tokens + num_tokens - 1], np.int32))
         binding.bind_cpu_input("total_sequence_length", np.array(total, np.int32))
         binding.bind_cpu_input("logits_indices", np.array([num_tokens - 1], np.int64))
-        self._session.run_with_iobinding(binding)
+        self._run(binding)
         return self._prefill_logits
 
     def decode(self, token_ids: Ids, past_tokens: Ids) -> Logits:
@@ -213,8 +233,13 @@ class _Graph:
             run = self._decode_runs[num_rows] = self._make_decode_run(num_rows)
         run.token_ids[:, 0] = token_ids
         run.seqlens_k[:] = past_tokens  # the length after this run, minus one
-        self._session.run_with_iobinding(run.binding)
+        self._run(run.binding)
         return run.logits
+
+    def _run(self, binding: ort.IOBinding) -> None:
+        started_at = time.perf_counter()
+        self._session.run_with_iobinding(binding)
+        self.run_s = time.perf_counter() - started_at
 
     def _make_decode_run(self, num_rows: int) -> _DecodeRun:
         logits = np.empty((num_rows, self._vocab_size), np.float32)
@@ -334,6 +359,13 @@ def _options(num_threads: int) -> ort.SessionOptions:
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     options.add_session_config_entry("session.prepack.enable_parallel", "1")
+    return options
+
+
+def _profiling_options(num_threads: int, prefix: str) -> ort.SessionOptions:
+    options = _options(num_threads)
+    options.enable_profiling = True
+    options.profile_file_prefix = prefix
     return options
 
 
