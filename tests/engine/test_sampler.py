@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from pilotlight.engine import sampler
+from pilotlight.engine import draw as drawing
 from pilotlight.engine.sampler import SamplingRow, sample, uniform
 from pilotlight.request import SamplingParams
 
@@ -77,11 +77,28 @@ def test_candidate_shortcut_equals_sorting_everything(data: st.DataObject) -> No
     )
     logits = logits_of(1, data.draw(st.integers(0, 99)))[0]
     whole = draw(logits, params, 5)
-    original, sampler.NUM_CANDIDATES = sampler.NUM_CANDIDATES, 8
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drawing, "WIDTHS", (8, 20))
         assert draw(logits, params, 5).tolist() == whole.tolist()
-    finally:
-        sampler.NUM_CANDIDATES = original
+
+
+@given(st.integers(0, 999), st.integers(1, 3000), st.sampled_from([1, 3, 300]), st.booleans())
+def test_the_likeliest_are_those_of_a_whole_sort(seed: int, count: int, levels: int, some_are_impossible: bool) -> None:
+    """Also where many are equal, and where a sample of them misleads."""
+    rng = np.random.default_rng(seed)
+    logits = (rng.integers(0, levels, 3000) / 7).astype(np.float32)
+    logits[:: drawing.STRIDE] -= rng.integers(0, 3)
+    if some_are_impossible:
+        logits[rng.random(3000) < 0.9] = -np.inf
+    expected = np.argsort(-logits, kind="stable")[:count]
+    assert drawing.likeliest(logits, count).tolist() == expected[logits[expected] > -np.inf].tolist()
+
+
+@pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(top_p=0.9), SamplingParams(top_k=40, min_p=0.01)])
+def test_what_is_impossible_is_never_drawn(params: SamplingParams) -> None:
+    logits = np.full(3000, -np.inf, np.float32)
+    logits[[7, 90]] = 0.0
+    assert set(draw(logits, params, 60).tolist()) == {7, 90}
 
 
 @given(st.lists(st.sampled_from(["greedy", "plain", "top_k", "top_p", "min_p", "penalised"]), min_size=2, max_size=8))

@@ -1,6 +1,6 @@
 """Choose the next token of every row of a batch. A row's result depends on that row alone.
 
-Letters: N rows, V vocabulary, K candidates.
+Letters: N rows, V vocabulary.
 """
 
 from __future__ import annotations
@@ -10,14 +10,12 @@ from collections.abc import Sequence as Rows
 import numpy as np
 from numpy.typing import NDArray
 
+from pilotlight.engine.draw import draw
 from pilotlight.engine.grammar import GrammarState
 from pilotlight.request import SamplingParams
 
 Floats = NDArray[np.float32]
 Ids = NDArray[np.int64]
-
-NUM_CANDIDATES = 1024
-"""Rows with a filter are sorted down to this many tokens; the few which need more are sorted whole."""
 
 
 class SamplingRow:
@@ -82,11 +80,11 @@ def sample(logits: Floats, rows: Rows[SamplingRow]) -> Ids:
     for index, row in enumerate(rows):
         if row.adjusts:
             row.adjust(logits[index])
-    token_ids: Ids = logits.argmax(axis=1)
-    drawing = [index for index, row in enumerate(rows) if not row.params.greedy]
-    if drawing:
-        drawn = _draw(logits[drawing], [rows[index] for index in drawing])
-        token_ids[drawing] = drawn
+    randoms = uniform([row.params.seed for row in rows], [row.num_drawn for row in rows])
+    token_ids = np.empty(len(rows), np.int64)
+    for index, (row, random) in enumerate(zip(rows, randoms.tolist(), strict=True)):
+        greedy = row.params.greedy
+        token_ids[index] = logits[index].argmax() if greedy else draw(logits[index], row.params, random)
     for row, token_id in zip(rows, token_ids.tolist(), strict=True):
         row.commit(token_id)
     return token_ids
@@ -106,77 +104,3 @@ def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
-
-
-def _draw(logits: Floats, rows: Rows[SamplingRow]) -> Ids:
-    """Draw from each row's distribution [N, V] by inverting its cumulative one at the row's random number."""
-    params = [row.params for row in rows]
-    randoms = uniform([p.seed for p in params], [row.num_drawn for row in rows])
-    temperatures = np.array([p.temperature for p in params], np.float32)[:, None]
-    scaled = (logits - logits.max(axis=1, keepdims=True)) / temperatures
-    token_ids = np.empty(len(rows), np.int64)
-    plain = np.array([p.top_k == 0 and p.top_p >= 1.0 and p.min_p == 0.0 for p in params])
-    if plain.any():
-        token_ids[plain] = _invert(np.exp(scaled[plain], dtype=np.float64), randoms[plain])
-    filtered = np.flatnonzero(~plain)
-    if len(filtered):
-        token_ids[filtered] = _draw_filtered(scaled[filtered], [params[int(i)] for i in filtered], randoms[filtered])
-    return token_ids
-
-
-def _draw_filtered(scaled: Floats, params: Rows[SamplingParams], randoms: NDArray[np.float64]) -> Ids:
-    """Draw from the tokens that top-k, then top-p, then min-p leave; ``scaled`` [N, V] has its maximum at 0."""
-    vocab_size = scaled.shape[1]
-    totals = np.exp(scaled, dtype=np.float64).sum(axis=1)
-    token_ids = np.empty(len(params), np.int64)
-    undecided = np.arange(len(params))
-    for width in dict.fromkeys((min(NUM_CANDIDATES, vocab_size), vocab_size)):
-        ids, weights, whole = _filter(scaled[undecided], [params[int(i)] for i in undecided], totals[undecided], width)
-        places = _invert(weights, randoms[undecided])
-        token_ids[undecided[whole]] = ids[whole, places[whole]]
-        undecided = undecided[~whole]
-        if not len(undecided):
-            break
-    return token_ids
-
-
-def _filter(
-    scaled: Floats, params: Rows[SamplingParams], totals: NDArray[np.float64], width: int
-) -> tuple[Ids, NDArray[np.float64], NDArray[np.bool_]]:
-    """Return the ``width`` likeliest ids [N, K], their weights (0 where filtered out), and which rows that decides.
-
-    A row is decided when the filter's boundary lies within the candidates.
-    """
-    ids = _likeliest(scaled, width)
-    weights = np.exp(np.take_along_axis(scaled, ids, axis=1), dtype=np.float64)
-    places = np.arange(width)[None, :]
-    top_k = np.array([min(p.top_k, scaled.shape[1]) or scaled.shape[1] for p in params])[:, None]
-    top_p = np.array([p.top_p for p in params])[:, None]
-    min_p = np.array([p.min_p for p in params])[:, None]
-    weights[places >= top_k] = 0.0
-    mass = np.where(top_k < scaled.shape[1], weights.sum(axis=1, keepdims=True), totals[:, None])
-    before = np.cumsum(weights, axis=1) - weights
-    outside = (before >= top_p * mass) & (places > 0) | (weights < min_p * weights[:, :1])
-    weights[outside] = 0.0
-    # Undecided: a top-k wider than the candidates (its mass is unknown), or no boundary before their end.
-    k = top_k[:, 0]
-    decided = (k <= width) | ((k == scaled.shape[1]) & outside[:, -1])
-    return ids, weights, decided
-
-
-def _likeliest(scaled: Floats, width: int) -> Ids:
-    """Return the ids [N, K] of the largest values, largest first, the smaller id first among equals."""
-    if width < scaled.shape[1]:
-        ids = np.argpartition(-scaled, width - 1, axis=1)[:, :width]
-        ids.sort(axis=1)
-    else:
-        ids = np.broadcast_to(np.arange(width), scaled.shape).copy()
-    order = np.argsort(-np.take_along_axis(scaled, ids, axis=1), axis=1, kind="stable")
-    return np.take_along_axis(ids, order, axis=1)
-
-
-def _invert(weights: NDArray[np.float64], randoms: NDArray[np.float64]) -> Ids:
-    """Return, for each row of weights [N, K], the place where its running sum passes random × total."""
-    running = np.cumsum(weights, axis=1)
-    targets = randoms * running[:, -1]
-    return np.array([np.searchsorted(row, target, side="right") for row, target in zip(running, targets, strict=True)])
