@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import csv
 import json
 import os
 import socket
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 import pytest
 from click.testing import CliRunner, Result
 
@@ -29,8 +31,11 @@ from pilotlight.metering.keyring import Keyring
 from pilotlight.metering.keys import Limits
 from pilotlight.metering.ledger import Ledger
 from pilotlight.metering.ledger_reader import LedgerReader
+from pilotlight.metering.machine_cost import ReplicaTime
+from pilotlight.metering.outbox import Buried
 from pilotlight.metering.prices import PriceTable
-from pilotlight.metering.record import Admission, final_record, utc_text
+from pilotlight.metering.record import Admission, UsageRecord, final_record, utc_text
+from pilotlight.metering.signing import Signer
 from pilotlight.metering.usage import Timings, Usage
 from pilotlight.request import FinishReason
 from support import PRICES, VOCAB_SIZE, expected_tokens, toy_tokenizer, write_artifact
@@ -134,6 +139,8 @@ def test_version() -> None:
          "digits and . _ / -, 128 at most"),
         (["usage", "--limit", "3"], "--function and --limit go with --records"),
         (["usage", "--function", "toy"], "--function and --limit go with --records"),
+        (["usage", "--records", "--margin"], "choose one of --by, --records, --margin and --reprice"),
+        (["usage", "--reprice"], "--reprice and --config go together"),
         (["usage", "--since", "24"], "Invalid value for --since: '24' is not a span such as 24h or 7d"),
         (["usage", "--since", "h"], "Invalid value for --since: 'h' is not a span such as 24h or 7d"),
         (["usage", "--since", "²d"], "Invalid value for --since: '²d' is not a span such as 24h or 7d"),
@@ -360,6 +367,39 @@ class TestUsage:
         (row,) = run("usage", "--since", "24h", "--json").stdout.splitlines()
         assert json.loads(row)["function"] == "new"
 
+    @pytest.mark.usefixtures("ledger")
+    def test_totals_by_anything(self) -> None:
+        by = run("usage", "--by", "day", "--by", "function", "--by", "key", "--by", "tenant", "--by", "model", "--json")
+        rows = [json.loads(line) for line in by.stdout.splitlines()]
+        assert [list(row)[:5] for row in rows] == [["day", "function", "key", "tenant", "model"]] * 2
+        assert [row["function"] for row in rows] == ["old", "new"], "in the order of the days"
+        assert sum(row["cost_micros"] for row in rows) == 42_000_000
+
+    @pytest.mark.usefixtures("ledger")
+    def test_other_prices_show_what_would_change_and_change_nothing(self, elsewhere: Path) -> None:
+        prices = "\n".join(f'{name} = "{amount}"' for name, amount in PRICES.items())
+        dearer = f'[[functions.new.prices]]\n{prices}\nvalid_from = "2000-01-01"\nper_invocation = "1"\n'
+        table = f"[functions.new]\nartifact = 'x'\n[[functions.new.prices]]\n{dearer}[functions.old]\nartifact = 'x'\n"
+        (elsewhere / "my.toml").write_text(table)
+        rows = [
+            json.loads(line) for line in run("usage", "--reprice", "--config", "my.toml", "--json").stdout.splitlines()
+        ]
+        assert [(row["function"], row["num_changed"], row["difference_micros"]) for row in rows] == [
+            ("new", 2, 2_000_000),
+            ("old", 1, -12_000_000),
+        ]
+        totals = [json.loads(line) for line in run("usage", "--json").stdout.splitlines()]
+        assert [row["cost_micros"] for row in totals] == [30_000_000, 12_000_000]
+
+    @pytest.mark.usefixtures("ledger")
+    def test_margins(self, elsewhere: Path) -> None:
+        with Ledger(elsewhere / "pilotlight.db") as ledger:
+            spent = ReplicaTime("r", "new", utc_text(datetime.now(UTC))[:10], "USD", 3_600_000, 7000, 0)
+            asyncio.run(ledger.add_replica_time(spent))
+        new, old = (json.loads(line) for line in run("usage", "--margin", "--json").stdout.splitlines())
+        assert (new["warm_micros"], new["margin_micros"]) == (7_000, 29_993_000)
+        assert old["margin_micros"] == 12_000_000
+
     def test_a_ledger_without_records(self, elsewhere: Path) -> None:
         with Ledger(elsewhere / "empty.db"):
             result = run("usage", "--ledger", "empty.db")
@@ -379,6 +419,68 @@ class TestUsage:
         monkeypatch.chdir("/")
         monkeypatch.setenv("PILOTLIGHT_LEDGER", str(ledger))
         assert len(run("usage", "--records", "--json").stdout.splitlines()) == 3
+
+
+class TestUsageExport:
+    IDS = ("new-2", "new-1", "old-1")
+
+    @pytest.fixture(autouse=True)
+    def ledger(self, elsewhere: Path) -> None:
+        run("keys", "signing", "key.pem")
+        with Ledger(elsewhere / "pilotlight.db", Signer.from_file(Path("key.pem"))) as ledger:
+            asyncio.run(_fill(ledger))
+
+    def test_json_lines(self) -> None:
+        lines = run("usage", "export").stdout.splitlines()
+        assert [json.loads(line)["request_id"] for line in lines] == [*self.IDS]
+        assert run("usage", "export", "all.jsonl").stdout == ""
+        assert Path("all.jsonl").read_text().splitlines() == lines
+
+    def test_csv(self) -> None:
+        rows = list(csv.DictReader(run("usage", "export", "--format", "csv").stdout.splitlines()))
+        assert [row["request_id"] for row in rows] == [*self.IDS]
+        assert [field.name for field in msgspec.structs.fields(UsageRecord)] == list(rows[0])
+        assert (rows[0]["cost_micros"], rows[0]["tenant"]) == ("16000000", "")
+
+    def test_parquet(self) -> None:
+        import pyarrow.parquet
+
+        assert run("usage", "export", "all.parquet", "--format", "parquet").exit_code == 0
+        rows = pyarrow.parquet.read_table("all.parquet").to_pylist()
+        lines = run("usage", "export").stdout.splitlines()
+        assert rows == [json.loads(line) for line in lines]
+        assert wrong_usage("usage", "export", "--format", "parquet") == "parquet is written into a FILE"
+
+    def test_receipts_are_verified_without_the_ledger(self, elsewhere: Path) -> None:
+        run("usage", "export", "all.jws", "--format", "jws")
+        (elsewhere / "pilotlight.db").rename("elsewhere.db")
+        result = run("usage", "verify", "all.jws", "--public-key", "key.pem.pub")
+        assert result.stdout == "3 receipts are genuine\n"
+        lines = Path("all.jws").read_text().splitlines()
+        lines[1] = lines[1][:-20] + "A" * 20
+        Path("all.jws").write_text("\n".join(lines))
+        forged = run("usage", "verify", "all.jws", "--public-key", "key.pem.pub")
+        assert (forged.exit_code, forged.stdout) == (1, "")
+        assert forged.stderr.splitlines() == [
+            "receipt 2: was altered, or signed with another key",
+            "pilotlight: 1 of 3 receipts are not genuine",
+        ]
+
+    def test_a_ledger_verifies_itself(self) -> None:
+        assert run("usage", "verify", "--public-key", "key.pem.pub").stdout == "3 receipts are genuine\n"
+
+
+class TestOutbox:
+    def test_dead_letters_are_tried_again(self, elsewhere: Path) -> None:
+        assert failure("usage", "outbox") == "pilotlight.db: there is no usage ledger here"
+        with Ledger(elsewhere / "pilotlight.db") as ledger:
+            asyncio.run(ledger.subscribe("http://127.0.0.1:1/"))
+            asyncio.run(_fill(ledger))
+            asyncio.run(ledger.settle_events([Buried(1, "2026-11-22T12:00:00.000000Z", "status 500")]))
+        shown = json.loads(run("usage", "outbox", "--json").stdout)
+        assert shown == {"url": "http://127.0.0.1:1/", "num_waiting": 2, "num_dead": 1}
+        assert run("usage", "outbox", "--retry-dead").stderr == "1 dead letters are tried again\n"
+        assert json.loads(run("usage", "outbox", "--json").stdout)["num_waiting"] == 3
 
 
 class TestKeys:

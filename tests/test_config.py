@@ -8,8 +8,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from pilotlight.config import LOOPBACK, FunctionSettings, HostSettings, Settings, load_settings
+from pilotlight.config import LOOPBACK, EventSettings, FunctionSettings, HostSettings, Settings, load_settings
 from pilotlight.errors import ConfigError
+from pilotlight.metering.price_schedule import PriceSchedule
 from pilotlight.metering.prices import PriceTable
 
 EXAMPLE = Path(__file__).parents[1] / "pilotlight.example.toml"
@@ -56,6 +57,7 @@ def test_an_unknown_variable_is_an_error() -> None:
         "PILOTLIGHT_LEDGER, PILOTLIGHT_MAX_BODY_BYTES, PILOTLIGHT_CACHE_DIR, PILOTLIGHT_RESPONSE_STORE, "
         "PILOTLIGHT_RESPONSE_TTL_S, PILOTLIGHT_MAX_STORED_RESPONSE_BYTES, PILOTLIGHT_DRAIN_TIMEOUT_S, "
         "PILOTLIGHT_MEMORY_BUDGET_MB, PILOTLIGHT_HANG_TIMEOUT_S, "
+        "PILOTLIGHT_SIGNING_KEY, PILOTLIGHT_CAPACITY, "
         "PILOTLIGHT_RESUME_WINDOW_S, PILOTLIGHT_RESUMABLE_STREAMS, PILOTLIGHT_IDEMPOTENCY_TTL_S, "
         "PILOTLIGHT_MAX_KEPT_ANSWER_BYTES, "
         "PILOTLIGHT_ARTIFACT, PILOTLIGHT_CONFIG, PILOTLIGHT_INVOKE_MODE, PILOTLIGHT_LEDGER_TABLE"
@@ -76,6 +78,8 @@ def test_every_host_setting_has_its_variable() -> None:
         "PILOTLIGHT_DRAIN_TIMEOUT_S": "0.5",
         "PILOTLIGHT_MEMORY_BUDGET_MB": "100",
         "PILOTLIGHT_HANG_TIMEOUT_S": "5",
+        "PILOTLIGHT_SIGNING_KEY": "key.pem",
+        "PILOTLIGHT_CAPACITY": "spot",
         "PILOTLIGHT_RESUME_WINDOW_S": "2",
         "PILOTLIGHT_RESUMABLE_STREAMS": "all",
         "PILOTLIGHT_IDEMPOTENCY_TTL_S": "3",
@@ -84,7 +88,7 @@ def test_every_host_setting_has_its_variable() -> None:
     names = {f"PILOTLIGHT_{field.name.upper()}" for field in msgspec.structs.fields(HostSettings)}
     assert names == environment.keys()
     assert load_settings(None, environment).host == HostSettings(
-        "localhost", 0, "other.db", 10, "", "responses.db", 60.0, 20, 0.5, 100, 5.0, 2, "all", 3, 4
+        "localhost", 0, "other.db", 10, "", "responses.db", 60.0, 20, 0.5, 100, 5.0, "key.pem", "spot", 2, "all", 3, 4
     )
 
 
@@ -102,8 +106,8 @@ def test_loopback_is_served(address: str) -> None:
     ("text", "problem"),
     [
         ("[", "is not valid TOML (Invalid initial character for a key part (at end of document))"),
-        ("colour = 1", "unknown key colour = 1; expected one of host, functions"),
-        ("[hosts]\nport = 1", "unknown key hosts = {'port': 1}; expected one of host, functions"),
+        ("colour = 1", "unknown key colour = 1; expected one of host, functions, events"),
+        ("[hosts]\nport = 1", "unknown key hosts = {'port': 1}; expected one of host, functions, events"),
         ("host = 1", "host is 1; expected a table [host]"),
         ("functions = []", "functions is []; expected a table [functions]"),
         ("[host]\nprot = 80", f"unknown key host.prot = 80; expected one of {HOST_KEYS}"),
@@ -123,7 +127,7 @@ def test_loopback_is_served(address: str) -> None:
         ("[functions.a]\nartifact = 'a'\nslots = 1", "unknown key functions.a.slots = 1; "
          f"expected one of {FUNCTION_KEYS}"),
         ("[functions.a]\nartifact = 'a'\nnum_slots = 0", "functions.a.num_slots is 0; expected int >= 1"),
-        ("[functions.a]\nartifact = 'a'\nprices = 1", "functions.a.prices is 1; expected object, got int"),
+        ("[functions.a]\nartifact = 'a'\nprices = 1", "functions.a.prices is 1; expected object | array, got int"),
         ("[functions.a]\nartifact = 'a'\nprices.per_second = 0.1",
          "functions.a.prices is {'per_second': 0.1}; expected str, got float"),
         ("[functions.'a b']\nartifact = 'a'", "function name 'a b'; "
@@ -162,12 +166,14 @@ def test_the_example_holds_the_defaults() -> None:
     assert settings.host == HostSettings()
     (function,) = settings.functions.values()
     assert msgspec.structs.replace(function, prices={}) == FunctionSettings(artifact="artifacts/demo-int4")
-    assert PriceTable.from_config(function.prices) == PriceTable.from_config({})
+    free = PriceSchedule.from_config({}, "prices")
+    assert PriceSchedule.from_config(function.prices, "prices") == free
 
 
 def test_the_example_mentions_every_setting() -> None:
     keys = set(re.findall(r"^(?:# )?(\w+) = ", EXAMPLE.read_text(encoding="utf-8"), re.MULTILINE))
     tables = {"prices"}
-    expected = {field.name for struct in (HostSettings, FunctionSettings) for field in msgspec.structs.fields(struct)}
+    structs = (HostSettings, FunctionSettings, EventSettings)
+    expected = {field.name for struct in structs for field in msgspec.structs.fields(struct)} | {"valid_from"}
     expected |= {field.name.replace("_micros", "") for field in msgspec.structs.fields(PriceTable)}
     assert keys == expected - tables

@@ -21,6 +21,7 @@ T = TypeVar("T", bound=msgspec.Struct)
 FUNCTION_NAME = r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}"
 OTHER_VARIABLES = ("PILOTLIGHT_ARTIFACT", "PILOTLIGHT_CONFIG", "PILOTLIGHT_INVOKE_MODE", "PILOTLIGHT_LEDGER_TABLE")
 """Read by the serverless entry points, which have no command line."""
+TABLES = ("host", "functions", "events")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -41,6 +42,8 @@ class HostSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     drain_timeout_s: Annotated[float, Meta(ge=0, le=3600)] = 10.0
     memory_budget_mb: Annotated[int, Meta(ge=0)] = 0
     hang_timeout_s: Annotated[float, Meta(ge=1, le=3600)] = 30.0
+    signing_key: str = ""
+    capacity: Literal["on_demand", "spot"] = "on_demand"
     resume_window_s: Annotated[float, Meta(gt=0, le=3600)] = 30.0
     resumable_streams: Literal["idempotent", "all"] = "idempotent"
     idempotency_ttl_s: Annotated[float, Meta(gt=0, le=31 * 86400)] = 86400.0
@@ -54,7 +57,8 @@ class FunctionSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``max_inter_token_ms``, ``kv_budget_tokens``, ``deterministic``, ``prefix_cache_mb`` and
     ``share_prefixes`` are explained in ``engine.policy``.
     After ``max_duration_s`` an answer ends as if its length were reached. ``prices`` are decimal strings, see
-    ``metering.prices``. What scales and sleeps is described in docs/host.md.
+    ``metering.prices``, in one table or in several with a ``valid_from``; ``replica_cost_per_hour`` is in their
+    currency. What scales and sleeps is described in docs/host.md.
     """
 
     artifact: str
@@ -75,7 +79,19 @@ class FunctionSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sleep: Literal["light", "deep"] = "light"
     light_timeout_s: Annotated[float, Meta(ge=0)] = 3600.0
     max_queued_tokens: Positive = 65536
-    prices: dict[str, str] = {}
+    replica_cost_per_hour: str = "0"
+    prices: dict[str, str] | list[dict[str, str]] = {}
+
+
+class EventSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``[events]``: who is told of every usage record, as a CloudEvent from ``source`` over HTTP."""
+
+    url: Annotated[str, Meta(pattern=r"^https?://[^/]+")]
+    source: Annotated[str, Meta(min_length=1)] = "pilotlight"
+    authorization: str = ""
+    timeout_s: Annotated[float, Meta(gt=0, le=300)] = 10.0
+    max_attempts: Positive = 20
+    first_retry_s: Annotated[float, Meta(gt=0, le=600)] = 1.0
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -83,6 +99,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     host: HostSettings = HostSettings()
     functions: dict[str, FunctionSettings] = {}
+    events: EventSettings | None = None
 
 
 def load_settings(path: Path | None, environment: Mapping[str, str] = os.environ, **options: object) -> Settings:
@@ -94,8 +111,8 @@ def load_settings(path: Path | None, environment: Mapping[str, str] = os.environ
     origin = str(path) if path is not None else "settings"
     content = _read(path) if path is not None else {}
     for key in content:
-        if key not in ("host", "functions"):
-            raise ConfigError(f"{origin}: unknown key {key} = {content[key]!r}; expected one of host, functions")
+        if key not in TABLES:
+            raise ConfigError(f"{origin}: unknown key {key} = {content[key]!r}; expected one of {', '.join(TABLES)}")
     given = {key: value for key, value in options.items() if value is not None}
     from_file = _table(content.get("host", {}), origin, "host")
     _host(from_file, origin)  # so that a fault in the file is blamed on the file
@@ -104,7 +121,8 @@ def load_settings(path: Path | None, environment: Mapping[str, str] = os.environ
         _function_name(name, origin): _parse(table, FunctionSettings, origin, f"functions.{name}")
         for name, table in _table(content.get("functions", {}), origin, "functions").items()
     }
-    return Settings(host, functions)
+    events = _parse(content["events"], EventSettings, origin, "events") if "events" in content else None
+    return Settings(host, functions, events)
 
 
 def _read(path: Path) -> dict[str, Any]:

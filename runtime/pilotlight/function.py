@@ -38,7 +38,7 @@ from pilotlight.metering.idempotency import Claim
 from pilotlight.metering.limits import Admitted, Standing
 from pilotlight.metering.marks import Mark
 from pilotlight.metering.prices import PriceTable
-from pilotlight.metering.record import Admission, UsageRecord, final_record, utc_text
+from pilotlight.metering.record import Admission, Capacity, UsageRecord, final_record, utc_text
 from pilotlight.metering.usage import Timings, Usage
 from pilotlight.request import FinishReason, SamplingParams, Sequence, Signals, Start, TokenEvent
 from pilotlight.text.chat_template import load_chat_template
@@ -54,9 +54,6 @@ MAX_INLINE_CHARACTERS = 4096
 """Longer texts are tokenized on another thread, so that they don't hold up the streams of others."""
 
 _NO_START = Start(0.0, 0.0, 0.0, 0.0, 0.0)
-
-CHECKPOINT_TOKENS = 32
-"""About how many tokens a crash of the whole machine can leave unbilled; one of the process leaves none."""
 
 RETRY_DELAYS_S = (0.1, 0.3, 1.0, 3.0, 5.0)
 """How long to wait before a record is written again, while the ledger cannot be written."""
@@ -81,6 +78,9 @@ class Backend(Protocol):
 class UsageLedger(Protocol):
     """Where admissions, checkpoints and records are kept: SQLite on a host, DynamoDB on Lambda."""
 
+    checkpoint_tokens: int
+    """About how many tokens lie between two checkpoints: what a crash can leave unbilled, unless notes outlive it."""
+
     async def admit(self, admission: Admission, claim: Claim | None = None) -> Admitted:
         """Open an invocation, whose request id and claim must be new, within the limits of its key."""
 
@@ -95,6 +95,20 @@ class UsageLedger(Protocol):
 
     def get(self, request_id: str) -> UsageRecord | None:
         """Return the record of a finished invocation; may block."""
+
+    def receipt(self, request_id: str) -> str | None:
+        """Return the signed record of a finished invocation, where records are signed; may block."""
+
+
+class Prices(Protocol):
+    """What a function costs over time: a table, or a schedule of them."""
+
+    @property
+    def tables(self) -> Items[PriceTable]:
+        """All tables, in the order in which they hold."""
+
+    def at(self, started_at_utc: str) -> PriceTable:
+        """Return the table that holds at an instant, as records write it."""
 
 
 class Observer(Protocol):
@@ -232,10 +246,13 @@ class _Progress:
     start: Start | None = None
     num_recomputed_tokens: int = 0
     num_cached_tokens: int = 0
+    num_migrations: int = 0
     retry_after_s: float | None = None
 
     def count(self, event: TokenEvent) -> None:
         """Count one token of any choice."""
+        moved = event.replica_id is not None and self.replica_id not in (None, event.replica_id)
+        self.num_migrations += moved
         self.replica_id = event.replica_id or self.replica_id
         self.num_recomputed_tokens += event.num_recomputed_tokens
         if event.start is not None:
@@ -282,10 +299,11 @@ class Function:
         artifact: Artifact,
         backend: Backend,
         ledger: UsageLedger,
-        prices: PriceTable,
+        prices: Prices,
         *,
         max_context_tokens: int,
         max_duration_s: float = 3600.0,
+        capacity: Capacity = Capacity.ON_DEMAND,
         observer: Observer | None = None,
     ) -> None:
         self.name = name
@@ -294,6 +312,7 @@ class Function:
         self.prices = prices
         self.max_context_tokens = max_context_tokens
         self.max_duration_s = max_duration_s
+        self.capacity = capacity
         self.created_at_utc = datetime.now(UTC)
         self.replica_id = _new_replica_id(name)
         self._ledger = ledger
@@ -604,7 +623,7 @@ class Function:
             self._end_unmetered(invocation, error)
         if invocation.unmetered is not None:
             return False
-        due = progress.num_completion_tokens % CHECKPOINT_TOKENS == 1
+        due = progress.num_completion_tokens % self._ledger.checkpoint_tokens == 1
         if due and (progress.checkpoint is None or progress.checkpoint.done()):
             progress.checkpoint = asyncio.create_task(self._checkpoint(invocation, progress))
         return True
@@ -657,6 +676,8 @@ class Function:
         prompt_tokens = len(sequences[0].prompt_ids)
         max_new_tokens = sum(sequence.max_new_tokens for sequence in sequences)
         max_busy_ms = round(self.max_duration_s * 1000)
+        started_at_utc = utc_text(datetime.now(UTC))
+        prices = self.prices.at(started_at_utc)
         return Admission(
             request_id=request.id,
             function=self.name,
@@ -664,14 +685,15 @@ class Function:
             precision=self.artifact.manifest.precision,
             provider="cpu",
             replica_id=self.replica_id,
-            started_at_utc=utc_text(datetime.now(UTC)),
-            prices=self.prices,
+            started_at_utc=started_at_utc,
+            prices=prices,
+            capacity=self.capacity,
             model=self.artifact.manifest.source.model,
             tenant=request.tenant,
             key_id=request.key_id,
             idempotency_key=None if request.claim is None else request.claim.idempotency_key,
             reserved_tokens=prompt_tokens + max_new_tokens,
-            reserved_micros=self.prices.most_micros(prompt_tokens, max_new_tokens, max_busy_ms),
+            reserved_micros=prices.most_micros(prompt_tokens, max_new_tokens, max_busy_ms),
         )
 
 
@@ -728,6 +750,7 @@ def _usage(invocation: Invocation, progress: _Progress) -> Usage:
         completion_tokens=progress.num_completion_tokens,
         delivered_tokens=invocation.num_delivered_tokens if left_early else progress.num_completion_tokens,
         recomputed_tokens=progress.num_recomputed_tokens,
+        migrations=progress.num_migrations,
         busy_ms=round(timings.prefill_ms + timings.decode_ms),
     )
 

@@ -149,7 +149,7 @@ def test_a_killed_server_leaves_a_crashed_record(demo_int4: Artifact, tmp_path: 
     assert record is not None
     assert record.finish_reason is FinishReason.CRASHED
     assert record.prompt_tokens == 4
-    assert record.completion_tokens >= 33, "one checkpoint at the first token, then one every 32"
+    assert record.completion_tokens >= 100, "each token is noted before it is delivered"
 
 
 def test_a_damaged_artifact_is_refused_in_one_line(demo_int4: Artifact, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
+from admissions import MAX_NEW, NOON, PROMPT, RESERVED, admission, ended
 from pilotlight.errors import (
     InvalidKey,
     InvalidRequest,
@@ -28,39 +29,9 @@ from pilotlight.metering.keys import Limits
 from pilotlight.metering.ledger import Ledger
 from pilotlight.metering.ledger_reader import LedgerReader
 from pilotlight.metering.limits import Span, Use, periods, refusal
-from pilotlight.metering.prices import PriceTable
-from pilotlight.metering.record import Admission, UsageRecord, final_record, utc_text
+from pilotlight.metering.record import Admission, utc_text
 from pilotlight.metering.schema import connect_reader
-from pilotlight.metering.usage import Timings, Usage
-from pilotlight.request import FinishReason
-
-NOON = datetime(2026, 11, 22, 12, 0, 15, tzinfo=UTC)
-UNIT_A_TOKEN = PriceTable.from_config(
-    {"prompt_per_million_tokens": "1000000", "completion_per_million_tokens": "1000000"}
-)
-PROMPT, MAX_NEW = 4, 6
-RESERVED = PROMPT + MAX_NEW
-
-
-def admission(request_id: str, key_id: str | None, at: datetime = NOON, currency: str = "USD") -> Admission:
-    return Admission(
-        request_id=request_id,
-        function="demo",
-        artifact_digest="sha256:1",
-        precision="fp32",
-        provider="cpu",
-        replica_id="replica-1",
-        started_at_utc=utc_text(at),
-        prices=PriceTable.from_config({"currency": currency}) if currency != "USD" else UNIT_A_TOKEN,
-        key_id=key_id,
-        reserved_tokens=RESERVED,
-        reserved_micros=UNIT_A_TOKEN.most_micros(PROMPT, MAX_NEW, 0),
-    )
-
-
-def ended(admitted: Admission, completion_tokens: int) -> UsageRecord:
-    usage = Usage(prompt_tokens=PROMPT, completion_tokens=completion_tokens)
-    return final_record(admitted, usage, Timings(), FinishReason.STOP)
+from pilotlight.metering.usage import Usage
 
 
 def make_key(path: Path, limits: Limits) -> str:

@@ -44,6 +44,7 @@ from pilotlight.function import Request as FunctionRequest
 from pilotlight.metering.keyring import Keyring
 from pilotlight.metering.record import UsageRecord
 
+RECEIPT_TYPE = "application/jose"
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
@@ -163,6 +164,11 @@ class Api:
         record = await asyncio.to_thread(self._ledger.get, request_id)
         if record is None or not caller_of(request).may_see(record.key_id):
             raise RequestNotFound(f"there is no usage record of a request {request_id!r}")
+        if request.headers.get("accept") == RECEIPT_TYPE:
+            receipt = await asyncio.to_thread(self._ledger.receipt, request_id)
+            if receipt is None:
+                raise RequestNotFound(f"the usage record of {request_id!r} is not signed")
+            return Response(receipt, media_type=RECEIPT_TYPE)
         return json_response(record)
 
     async def cancel(self, request: Request) -> Response:

@@ -144,3 +144,12 @@ def rotate(key_id: str, grace: str, ledger: str | None) -> None:
 
 def _path(ledger: str | None) -> Path:
     return Path(load_settings(None, ledger=ledger).host.ledger)
+
+
+@keys.command()
+@click.argument("file", type=click.Path(path_type=Path))
+def signing(file: Path) -> None:
+    """Write a private key for signing records into FILE, and the public one into FILE.pub."""
+    from pilotlight.metering.signing import make_signing_key
+
+    click.echo(make_signing_key(file))

@@ -14,7 +14,8 @@ from pilotlight.engine.policy import Policy
 from pilotlight.engine.session import OnnxSession
 from pilotlight.function import Function, Observer, UsageLedger
 from pilotlight.host.sizing import max_context_tokens, num_cores
-from pilotlight.metering.prices import PriceTable
+from pilotlight.metering.price_schedule import PriceSchedule
+from pilotlight.metering.record import Capacity
 
 
 def open_function(
@@ -26,7 +27,7 @@ def open_function(
         ArtifactError: the artifact is damaged or cannot be loaded.
         ConfigError: a setting does not fit the artifact.
     """
-    prices = PriceTable.from_config(settings.prices, f"functions.{name}.prices")
+    prices = PriceSchedule.from_config(settings.prices, f"functions.{name}.prices")
     artifact = open_artifact(Path(settings.artifact))
     artifact.verify()
     context = max_context_tokens(name, settings, artifact)
@@ -43,6 +44,7 @@ def open_function(
         prices,
         max_context_tokens=context,
         max_duration_s=settings.max_duration_s,
+        capacity=Capacity(host.capacity),
         observer=observer,
     )
     backend.start()

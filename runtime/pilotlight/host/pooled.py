@@ -17,7 +17,8 @@ from pilotlight.host.pool import Pool, PoolSettings
 from pilotlight.host.sizing import kv_bytes, max_context_tokens, num_cores, weights_bytes
 from pilotlight.host.verified import Verified
 from pilotlight.host.wire import ReplicaSpec
-from pilotlight.metering.prices import PriceTable
+from pilotlight.metering.price_schedule import PriceSchedule
+from pilotlight.metering.record import Capacity
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,7 @@ def open_pooled(name: str, settings: FunctionSettings, around: Surroundings) -> 
         ArtifactError: the artifact is damaged.
         ConfigError: a setting does not fit the artifact.
     """
-    prices = PriceTable.from_config(settings.prices, f"functions.{name}.prices")
+    prices = PriceSchedule.from_config(settings.prices, f"functions.{name}.prices")
     artifact = open_artifact(Path(settings.artifact))
     around.verified.verify(artifact)
     context = max_context_tokens(name, settings, artifact)
@@ -53,6 +54,7 @@ def open_pooled(name: str, settings: FunctionSettings, around: Surroundings) -> 
         prices,
         max_context_tokens=context,
         max_duration_s=settings.max_duration_s,
+        capacity=Capacity(around.host.capacity),
         observer=around.metrics,
     )
     return function, pool

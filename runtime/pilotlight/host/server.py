@@ -16,15 +16,20 @@ from pilotlight.api.app import Api
 from pilotlight.api.idempotency import KeptAnswers
 from pilotlight.api.metrics import Metrics
 from pilotlight.api.response_store import ResponseStore
-from pilotlight.config import LOOPBACK, HostSettings, Settings
+from pilotlight.config import LOOPBACK, FunctionSettings, HostSettings, Settings
 from pilotlight.errors import ConfigError
 from pilotlight.function import Function
+from pilotlight.host.courier import Courier
 from pilotlight.host.launcher import ZygoteLauncher
 from pilotlight.host.machine import Machine
+from pilotlight.host.pool import Pool
 from pilotlight.host.pooled import Surroundings, cache_dir, open_pooled
+from pilotlight.host.replica_meter import Rate, ReplicaMeter, Seen
 from pilotlight.host.verified import Verified
 from pilotlight.metering.keyring import Keyring
 from pilotlight.metering.ledger import Ledger
+from pilotlight.metering.machine_cost import micros_per_hour
+from pilotlight.metering.signing import Signer
 
 BACKLOG = 2048
 CLOSE_TIMEOUT_S = 5
@@ -48,7 +53,7 @@ async def _serve(settings: Settings, on_ready: OnReady) -> None:
     path = Path(settings.host.ledger)
     with (
         _bind(settings.host) as listener,
-        Ledger(path) as ledger,
+        Ledger(path, _signer(settings.host)) as ledger,
         Keyring(path) as keyring,
         ResponseStore.open(settings.host) as responses,
     ):
@@ -61,20 +66,27 @@ async def _serve(settings: Settings, on_ready: OnReady) -> None:
         functions: dict[str, Function] = {}
         ticks: asyncio.Task[None] | None = None
         kept_answers = _kept_answers(host, ledger)
+        meter = ReplicaMeter(ledger)
+        clerks: list[asyncio.Task[None]] = []
         try:
             for name, of_function in settings.functions.items():
                 functions[name], pool = open_pooled(name, of_function, around)
                 pool.act()
+                _meter_replicas(meter, name, of_function, functions[name], pool)
             metrics.watch(functions)
             app = Api(functions, ledger, metrics, host.max_body_bytes, responses, keyring, kept_answers).app()
             launcher.start()
             ticks = asyncio.create_task(machine.run())
+            clerks = await _clerks(settings, functions, ledger, meter)
             on_ready(_url(listener, settings.host.address), functions)
             await _Server(app, functions, settings.host.drain_timeout_s).serve(sockets=[listener])
         finally:
             for function in functions.values():
                 await function.close()
             await kept_answers.close()
+            await meter.write()
+            for task in clerks:
+                task.cancel()
             if ticks is not None:
                 ticks.cancel()
             launcher.close()
@@ -108,6 +120,30 @@ class _Server(uvicorn.Server):
         drains = asyncio.gather(*(function.drain(self._drain_timeout_s) for function in self._functions.values()))
         await super().shutdown(sockets)
         await drains
+
+
+async def _clerks(
+    settings: Settings, functions: Mapping[str, Function], ledger: Ledger, meter: ReplicaMeter
+) -> list[asyncio.Task[None]]:
+    """Tell the ledger what prices mean and who is told of records, and start what writes and tells beside the rest."""
+    for function in functions.values():
+        await ledger.register_prices(function.prices.tables)
+    await ledger.subscribe(None if settings.events is None else settings.events.url)
+    clerks = [asyncio.create_task(meter.run(), name="replica meter")]
+    if settings.events is not None:
+        clerks.append(asyncio.create_task(Courier(ledger, settings.events).run(), name="courier"))
+    return clerks
+
+
+def _meter_replicas(meter: ReplicaMeter, name: str, settings: FunctionSettings, function: Function, pool: Pool) -> None:
+    cost = micros_per_hour(settings.replica_cost_per_hour, f"functions.{name}.replica_cost_per_hour")
+    if cost:
+        rate = Rate(name, function.prices.tables[-1].currency, cost)
+        meter.watch(rate, lambda: [Seen(replica.id, bool(replica.entries)) for replica in pool.replicas.values()])
+
+
+def _signer(host: HostSettings) -> Signer | None:
+    return Signer.from_file(Path(host.signing_key)) if host.signing_key else None
 
 
 def _kept_answers(host: HostSettings, ledger: Ledger) -> KeptAnswers:

@@ -40,6 +40,8 @@ Item = dict[str, dict[str, str]]
 class DynamoDbLedger:
     """A writer and reader of a table, for asyncio callers. Each call is made on a thread and has reached the table."""
 
+    checkpoint_tokens = 32
+
     def __init__(self, table: str, function: str, environment: str | None, lease_s: float = LEASE_S) -> None:
         """Open the table, and close as crashed what is certain to have been cut off.
 
@@ -119,6 +121,10 @@ class DynamoDbLedger:
         """
         item = self._item(request_id)
         return msgspec.json.decode(item["record"]["S"], type=UsageRecord) if "record" in item else None
+
+    def receipt(self, request_id: str) -> str | None:
+        """Return None: records on DynamoDB are not signed."""
+        return None
 
     async def _update(self, request_id: str, change: str, names: dict[str, str], values: Item) -> Item | None:
         return await self._write(self._client.update_item, **_update(request_id, change, names, values))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import os
 import sqlite3
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Self
@@ -15,20 +16,30 @@ from typing import Self
 import msgspec
 
 from pilotlight.errors import ConfigError, PilotlightError, RequestIdInUse, RequestNotFound
+from pilotlight.metering import outbox
 from pilotlight.metering.group_commit import GroupCommit
 from pilotlight.metering.idempotency import Claim, Claimed, book, keep, next_attempt
 from pilotlight.metering.ledger_reader import LedgerReader
 from pilotlight.metering.limits import Admitted, reserve, settle
+from pilotlight.metering.machine_cost import ReplicaTime
 from pilotlight.metering.marks import LeftMarks, Mark, Marks
+from pilotlight.metering.prices import PriceTable
 from pilotlight.metering.record import Admission, UsageRecord, crashed_record
 from pilotlight.metering.schema import connect_writer
+from pilotlight.metering.signing import Signer
 from pilotlight.metering.usage import Usage
 
 _IS_KNOWN = "SELECT 1 FROM invocations WHERE request_id = ?"
 _ADMIT = "INSERT INTO invocations (request_id, admission) VALUES (?, ?)"
 _CHECKPOINT = "UPDATE invocations SET usage = ? WHERE request_id = ? AND record IS NULL"
-_FINISH = "UPDATE invocations SET record = ? WHERE request_id = ? AND record IS NULL"
+_FINISH = "UPDATE invocations SET record = ?, signature = ? WHERE request_id = ? AND record IS NULL"
 _IS_FINISHED = "SELECT 1 FROM invocations WHERE request_id = ? AND event_id = ?"
+_ADD_REPLICA_TIME = """
+INSERT INTO replica_time VALUES (?, ?, ?, ?, ?, ?, ?)
+ON CONFLICT DO UPDATE SET alive_ms = alive_ms + excluded.alive_ms, busy_ms = busy_ms + excluded.busy_ms
+"""
+_KEEP_PRICES = "INSERT INTO price_tables (id, prices) VALUES (?, ?) ON CONFLICT (id) DO NOTHING"
+_ARE_OTHER_PRICES = "SELECT 1 FROM price_tables WHERE id = ? AND prices <> ?"
 _OPEN = "SELECT admission, usage FROM invocations WHERE record IS NULL"
 
 
@@ -39,13 +50,20 @@ class Ledger:
     else has it open closes what a crash left open. Open it after forking: a child would share lock and connection.
     """
 
-    def __init__(self, path: Path) -> None:
+    checkpoint_tokens = 128
+    """The marks outlive a killed process, so only a crash of the machine can leave so many tokens unbilled."""
+
+    def __init__(self, path: Path, signer: Signer | None = None) -> None:
         """Create or open the ledger at ``path``, and close as crashed what a former process left open.
+
+        ``signer`` signs every record that is written.
 
         Raises:
             StartupError: a newer version of Pilotlight wrote it.
             ConfigError: it cannot be opened.
         """
+        self.path = path
+        self._signer = signer
         with ExitStack() as opened:
             lock = _open_lock(path)
             opened.callback(os.close, lock)
@@ -53,7 +71,7 @@ class Ledger:
             connection = connect_writer(path)
             opened.callback(connection.close)
             if alone:
-                _close_crashed(connection, path)
+                _close_crashed(connection, path, signer)
             self._marks = Marks(path)
             opened.callback(self._marks.end)
             if alone:
@@ -150,13 +168,76 @@ class Ledger:
         """
 
         def apply(connection: sqlite3.Connection) -> PilotlightError | None:
-            if _end(connection, record):
+            if _end(connection, record, self._signer):
                 return None
             same = connection.execute(_IS_FINISHED, (record.request_id, record.event_id)).fetchone()
             return None if same else _not_open(record.request_id)
 
         await self._commits.write(apply)
         self._marks.close(record.request_id)
+
+    async def add_replica_time(self, spent: ReplicaTime) -> None:
+        """Add to how long a replica lived and worked.
+
+        Raises:
+            LedgerUnavailable: nothing was written.
+        """
+        row = msgspec.structs.astuple(spent)
+
+        def apply(connection: sqlite3.Connection) -> None:
+            connection.execute(_ADD_REPLICA_TIME, row)
+
+        await self._commits.write(apply)
+
+    async def register_prices(self, tables: Iterable[PriceTable]) -> None:
+        """Keep what the ids of price tables mean, for ever.
+
+        Raises:
+            ConfigError: an id meant other prices before.
+            LedgerUnavailable: nothing was written.
+        """
+        rows = [(table.id, _json(table)) for table in tables]
+
+        def apply(connection: sqlite3.Connection) -> PilotlightError | None:
+            for row in rows:
+                connection.execute(_KEEP_PRICES, row)
+                if connection.execute(_ARE_OTHER_PRICES, row).fetchone():
+                    return ConfigError(f"the price table id {row[0]!r} meant other prices before; choose another id")
+            return None
+
+        await self._commits.write(apply)
+
+    async def subscribe(self, url: str | None) -> None:
+        """Have every record from now on delivered to one receiver, or to none.
+
+        Raises:
+            LedgerUnavailable: nothing was written.
+        """
+
+        def apply(connection: sqlite3.Connection) -> None:
+            outbox.subscribe(connection, url)
+
+        await self._commits.write(apply)
+
+    def due_events(self, url: str, now: float, limit: int) -> list[outbox.DueEvent]:
+        """Return what has to be delivered now.
+
+        Raises:
+            LedgerUnavailable: the ledger cannot be read.
+        """
+        return self._reader.due_events(url, now, limit)
+
+    async def settle_events(self, outcomes: Sequence[outbox.Outcome]) -> None:
+        """Note what became of deliveries.
+
+        Raises:
+            LedgerUnavailable: nothing was written.
+        """
+
+        def apply(connection: sqlite3.Connection) -> None:
+            outbox.settle(connection, outcomes)
+
+        await self._commits.write(apply)
 
     def get(self, request_id: str) -> UsageRecord | None:
         """Return the record of a finished invocation.
@@ -165,6 +246,14 @@ class Ledger:
             LedgerUnavailable: the ledger cannot be read.
         """
         return self._reader.get(request_id)
+
+    def receipt(self, request_id: str) -> str | None:
+        """Return the signed record of a finished invocation; None when it was not signed.
+
+        Raises:
+            LedgerUnavailable: the ledger cannot be read.
+        """
+        return self._reader.receipt(request_id)
 
     def close(self) -> None:
         """Make the waiting writes and let go of the ledger."""
@@ -202,12 +291,12 @@ def _try_alone(lock: int) -> bool:
     return True
 
 
-def _close_crashed(connection: sqlite3.Connection, path: Path) -> None:
+def _close_crashed(connection: sqlite3.Connection, path: Path, signer: Signer | None) -> None:
     try:
         marks = LeftMarks(path)
         connection.execute("BEGIN IMMEDIATE")
         for admission, usage in connection.execute(_OPEN).fetchall():
-            _end(connection, crashed_record(*_last_seen(admission, usage, marks)))
+            _end(connection, crashed_record(*_last_seen(admission, usage, marks)), signer)
         connection.execute("COMMIT")
         marks.remove()
     except (sqlite3.Error, msgspec.DecodeError, OSError) as error:
@@ -224,11 +313,14 @@ def _last_seen(admission: str, usage: str | None, marks: LeftMarks) -> tuple[Adm
     return admitted, msgspec.structs.replace(checkpoint, delivered_tokens=mark.completion_tokens, **mark._asdict())
 
 
-def _end(connection: sqlite3.Connection, record: UsageRecord) -> bool:
-    """End an open invocation and settle with its key; False when it is not open."""
-    if connection.execute(_FINISH, (_json(record), record.request_id)).rowcount == 0:
+def _end(connection: sqlite3.Connection, record: UsageRecord, signer: Signer | None) -> bool:
+    """End an open invocation, settle with its key and tell whoever wants to know; False when it is not open."""
+    text = _json(record)
+    signature = None if signer is None else signer.sign(text)
+    if connection.execute(_FINISH, (text, signature, record.request_id)).rowcount == 0:
         return False
     settle(connection, record)
+    outbox.put(connection, record.request_id)
     return True
 
 
@@ -236,5 +328,5 @@ def _not_open(request_id: str) -> RequestNotFound:
     return RequestNotFound(f"no open invocation has the request id {request_id!r}")
 
 
-def _json(struct: Admission | Usage | UsageRecord) -> str:
+def _json(struct: Admission | Usage | UsageRecord | PriceTable) -> str:
     return msgspec.json.encode(struct).decode()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
@@ -11,34 +12,25 @@ from typing import Any, Self
 import msgspec
 
 from pilotlight.errors import LedgerUnavailable
+from pilotlight.metering import outbox
 from pilotlight.metering.idempotency import Claim, Claimed, find
 from pilotlight.metering.record import UsageRecord, utc_text
 from pilotlight.metering.schema import connect_reader
+from pilotlight.metering.signing import receipt
+from pilotlight.metering.totals import Margin, Totals, margins, totals
 
 _RECORD = "SELECT record FROM invocations WHERE request_id = ? AND record IS NOT NULL"
+_RECEIPT = "SELECT record, signature FROM invocations WHERE request_id = ? AND signature IS NOT NULL"
+_RECEIPTS = """
+SELECT record, signature FROM invocations
+WHERE signature IS NOT NULL AND (:since IS NULL OR started_at_utc >= :since) ORDER BY number
+"""
 _RECORDS = """
 SELECT record FROM invocations
 WHERE record IS NOT NULL AND (:function IS NULL OR function = :function)
     AND (:since IS NULL OR started_at_utc >= :since)
 ORDER BY number DESC LIMIT :limit
 """
-_TOTALS = """
-SELECT function, currency, count(*), sum(prompt_tokens), sum(cached_tokens), sum(completion_tokens), sum(cost_micros)
-FROM invocations WHERE record IS NOT NULL AND (:since IS NULL OR started_at_utc >= :since)
-GROUP BY function, currency ORDER BY function, currency
-"""
-
-
-class FunctionTotals(msgspec.Struct, frozen=True):
-    """The sums over a function's records in one currency."""
-
-    function: str
-    currency: str
-    num_invocations: int
-    prompt_tokens: int
-    cached_tokens: int
-    completion_tokens: int
-    cost_micros: int
 
 
 class LedgerReader:
@@ -67,10 +59,8 @@ class LedgerReader:
         Raises:
             LedgerUnavailable: the ledger cannot be read.
         """
-        try:
+        with _readable():
             return find(self._connection, claim)
-        except sqlite3.Error as error:
-            raise LedgerUnavailable(f"the usage ledger cannot be read ({error})") from error
 
     def records(
         self, function: str | None = None, since: datetime | None = None, limit: int | None = None
@@ -84,13 +74,59 @@ class LedgerReader:
         for row in self._rows(_RECORDS, filters):
             yield _record(row)
 
-    def totals(self, since: datetime | None = None) -> list[FunctionTotals]:
-        """Return the sums of each function, by name.
+    def receipt(self, request_id: str) -> str | None:
+        """Return the signed record of a finished invocation; None when it was not signed.
 
         Raises:
             LedgerUnavailable: the ledger cannot be read.
         """
-        return [FunctionTotals(*row) for row in self._rows(_TOTALS, {"since": _since(since)})]
+        rows = list(self._rows(_RECEIPT, (request_id,)))
+        return receipt(*rows[0]) if rows else None
+
+    def receipts(self, since: datetime | None = None) -> Iterator[str]:
+        """Yield the signed records, the earliest admitted first.
+
+        Raises:
+            LedgerUnavailable: the ledger cannot be read.
+        """
+        for row in self._rows(_RECEIPTS, {"since": _since(since)}):
+            yield receipt(*row)
+
+    def due_events(self, url: str, now: float, limit: int) -> list[outbox.DueEvent]:
+        """Return what has to be delivered now.
+
+        Raises:
+            LedgerUnavailable: the ledger cannot be read.
+        """
+        with _readable():
+            return outbox.due(self._connection, url, now, limit)
+
+    def outbox_counts(self) -> list[tuple[str, int, int]]:
+        """Return how many events wait for each receiver and how many are dead letters.
+
+        Raises:
+            LedgerUnavailable: the ledger cannot be read.
+        """
+        with _readable():
+            return outbox.counts(self._connection)
+
+    def totals(self, by: Sequence[str] = ("function",), since: datetime | None = None) -> list[Totals]:
+        """Return the sums of each group of records; see ``totals.GROUPS``.
+
+        Raises:
+            LedgerUnavailable: the ledger cannot be read.
+        """
+        with _readable():
+            return totals(self._connection, by, _since(since))
+
+    def margins(self, since: datetime | None = None) -> list[Margin]:
+        """Return what each function earned and cost.
+
+        Raises:
+            LedgerUnavailable: the ledger cannot be read.
+        """
+        with _readable():
+            return margins(self._connection, _since(since))
 
     def close(self) -> None:
         """Close the ledger."""
@@ -103,10 +139,16 @@ class LedgerReader:
         self.close()
 
     def _rows(self, statement: str, parameters: tuple[object, ...] | Mapping[str, object]) -> Iterator[tuple[Any, ...]]:
-        try:
+        with _readable():
             yield from self._connection.execute(statement, parameters)
-        except sqlite3.Error as error:
-            raise LedgerUnavailable(f"the usage ledger cannot be read ({error})") from error
+
+
+@contextmanager
+def _readable() -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise LedgerUnavailable(f"the usage ledger cannot be read ({error})") from error
 
 
 def _record(row: tuple[Any, ...]) -> UsageRecord:

@@ -61,6 +61,15 @@ class PriceTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
         )
         return msgspec.structs.replace(table, id=_id(prices.get("id"), table, f"{where}.id"))
 
+    @property
+    def tables(self) -> tuple[PriceTable, ...]:
+        """All tables of a schedule: this one."""
+        return (self,)
+
+    def at(self, started_at_utc: str) -> PriceTable:
+        """Return the table itself: it is a schedule of one that holds for ever."""
+        return self
+
     def most_micros(self, prompt_tokens: int, max_new_tokens: int, max_busy_ms: int) -> int:
         """Return the most that an invocation can cost, whichever part of its prompt turns out to be cached."""
         dearest = Usage(

@@ -115,7 +115,7 @@ def final_record(
         finish_reason=finish_reason,
         stop_detail=stop_detail,
         price_table_id=prices.id,
-        cost_micros=_cost_micros(prices, usage, finish_reason, admission.reserved_micros),
+        cost_micros=price(prices, usage, finish_reason, admission.reserved_micros),
         currency=prices.currency,
         **fields,
         **msgspec.structs.asdict(usage),
@@ -123,7 +123,7 @@ def final_record(
     )
 
 
-def _cost_micros(prices: PriceTable, usage: Usage, finish_reason: FinishReason, reserved_micros: int | None) -> int:
+def price(prices: PriceTable, usage: Usage, finish_reason: FinishReason, reserved_micros: int | None) -> int:
     """Return the price of an invocation; one that never ran is free, and none costs more than was reserved for it."""
     if finish_reason is FinishReason.REJECTED:
         return 0

@@ -78,10 +78,49 @@ CREATE TABLE answers (
 _ANSWERS_BY_REQUEST = "CREATE INDEX answers_by_request ON answers (request_id)"
 _ANSWERS_BY_END = "CREATE INDEX answers_by_end ON answers (expires_at)"
 
+_REPLICA_TIME = """
+CREATE TABLE replica_time (
+    replica_id TEXT NOT NULL,
+    function TEXT NOT NULL,
+    day TEXT NOT NULL,
+    currency TEXT NOT NULL,
+    micros_per_hour INTEGER NOT NULL,
+    alive_ms INTEGER NOT NULL,
+    busy_ms INTEGER NOT NULL,
+    PRIMARY KEY (replica_id, function, day, currency, micros_per_hour)
+) STRICT, WITHOUT ROWID
+"""
+_PRICE_TABLES = "CREATE TABLE price_tables (id TEXT PRIMARY KEY, prices TEXT NOT NULL) STRICT, WITHOUT ROWID"
+_RECORDS_BY_DAY = "CREATE INDEX records_by_start ON invocations (started_at_utc) WHERE record IS NOT NULL"
+_SUBSCRIPTIONS = "CREATE TABLE subscriptions (url TEXT PRIMARY KEY) STRICT, WITHOUT ROWID"
+_OUTBOX = """
+CREATE TABLE outbox (
+    number INTEGER PRIMARY KEY,
+    url TEXT NOT NULL,
+    request_id TEXT NOT NULL,
+    num_attempts INTEGER NOT NULL DEFAULT 0,
+    due_at REAL NOT NULL DEFAULT 0
+) STRICT
+"""
+_OUTBOX_BY_TIME = "CREATE INDEX outbox_by_time ON outbox (url, due_at)"
+_DEAD_LETTERS = """
+CREATE TABLE dead_letters (
+    number INTEGER PRIMARY KEY,
+    url TEXT NOT NULL,
+    request_id TEXT NOT NULL,
+    num_attempts INTEGER NOT NULL,
+    died_at_utc TEXT NOT NULL,
+    reason TEXT NOT NULL
+) STRICT
+"""
+_SIGNATURE = "ALTER TABLE invocations ADD COLUMN signature TEXT"
+
 MIGRATIONS = (
     (_TABLE, _OPEN_INDEX, _RECORD_INDEX),
     (_KEYS, _KEY_SECRETS, _KEY_USE),
     (_ANSWERS, _ANSWERS_BY_REQUEST, _ANSWERS_BY_END),
+    (_REPLICA_TIME, _PRICE_TABLES, _RECORDS_BY_DAY),
+    (_SUBSCRIPTIONS, _OUTBOX, _OUTBOX_BY_TIME, _DEAD_LETTERS, _SIGNATURE),
 )
 """What makes each version of the ledger out of the one before it."""
 LEDGER_VERSION = len(MIGRATIONS)

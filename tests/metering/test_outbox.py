@@ -1,0 +1,205 @@
+"""Usage events: every one arrives at least once, and exactly once after its receiver removed repetitions."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from admissions import admission, ended
+from pilotlight.config import EventSettings
+from pilotlight.host.courier import Courier
+from pilotlight.metering.cloud_event import MAX_DELAY_S, delay_s
+from pilotlight.metering.ledger import Ledger
+from pilotlight.metering.ledger_reader import LedgerReader
+
+NUM_EVENTS = 200
+
+
+class Receiver(ThreadingHTTPServer):
+    """Takes events and lets some of them fail: before it has seen them, or after it has, without saying so."""
+
+    def __init__(self, failures: list[str], seed: int = 0) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.events: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+        self.num_requests = 0
+        self.failures = failures
+        self.rng = random.Random(seed)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/usage?from=us"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Receiver
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["content-length"]))
+        self.server.num_requests += 1
+        failure = self.server.rng.choice(self.server.failures)
+        if failure != "refuse":
+            self.server.events.append(json.loads(body))
+            self.server.headers.append({name.lower(): value for name, value in self.headers.items()})
+        if failure == "hang up":
+            self.close_connection = True
+            return
+        self.send_response(204 if failure == "none" else 503)
+        self.send_header("content-length", "0")
+        self.end_headers()
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@contextmanager
+def receiver(failures: list[str]) -> Iterator[Receiver]:
+    server = Receiver(failures)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def settings_for(server: Receiver, **changes: Any) -> EventSettings:
+    return EventSettings(**{"url": server.url, "first_retry_s": 0.001, "max_attempts": 1000, **changes})
+
+
+async def invoke(ledger: Ledger, request_id: str) -> str:
+    admitted = admission(request_id, None)
+    record = ended(admitted, completion_tokens=2)
+    await ledger.admit(admitted)
+    await ledger.finish(record)
+    return record.event_id
+
+
+async def deliver_all(ledger: Ledger, settings: EventSettings) -> None:
+    courier = Courier(ledger, settings)
+    with LedgerReader(ledger.path) as reader:
+        while any(num_waiting for _, num_waiting, _ in reader.outbox_counts()):
+            await courier.deliver()
+    courier.close()
+
+
+def test_a_receiver_that_fails_half_of_the_time_gets_every_event(tmp_path: Path) -> None:
+    with (
+        receiver(["none", "none", "none", "refuse", "forget", "hang up"]) as server,
+        Ledger(tmp_path / "u.db") as ledger,
+    ):
+
+        async def scenario() -> list[str]:
+            await ledger.subscribe(server.url)
+            ids = [await invoke(ledger, f"{number}") for number in range(NUM_EVENTS)]
+            await deliver_all(ledger, settings_for(server))
+            return ids
+
+        sent = asyncio.run(scenario())
+    received = Counter((event["source"], event["id"]) for event in server.events)
+    assert received.keys() == {("pilotlight", event_id) for event_id in sent}
+    assert server.num_requests > NUM_EVENTS * 1.5
+    assert max(received.values()) > 1, "some came more than once, or nothing was tried"
+    once = {event["id"]: event["data"] for event in server.events}
+    assert len(once) == NUM_EVENTS
+    assert all(event["data"] == once[event["id"]] for event in server.events)
+
+
+def test_an_event_is_a_cloud_event_with_its_record(tmp_path: Path) -> None:
+    with receiver(["none"]) as server, Ledger(tmp_path / "u.db") as ledger:
+
+        async def scenario() -> None:
+            await ledger.subscribe(server.url)
+            await invoke(ledger, "a")
+            await deliver_all(ledger, settings_for(server, source="here", authorization="Bearer x"))
+
+        asyncio.run(scenario())
+        record = ledger.get("a")
+    (event,) = server.events
+    assert record is not None
+    assert {name: event[name] for name in ("specversion", "type", "source", "id", "subject", "time")} == {
+        "specversion": "1.0",
+        "type": "pilotlight.usage.recorded",
+        "source": "here",
+        "id": record.event_id,
+        "subject": "a",
+        "time": record.started_at_utc,
+    }
+    assert event["data"]["completion_tokens"] == 2
+    (headers,) = server.headers
+    assert headers["content-type"].startswith("application/cloudevents+json")
+    assert headers["authorization"] == "Bearer x"
+
+
+def test_a_crash_is_told_too_and_a_restart_forgets_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "u.db"
+    with receiver(["none"]) as server:
+        with Ledger(path) as ledger:
+            asyncio.run(ledger.subscribe(server.url))
+            asyncio.run(invoke(ledger, "finished"))
+            asyncio.run(ledger.admit(admission("cut off", None)))
+        with Ledger(path) as ledger:
+            asyncio.run(deliver_all(ledger, settings_for(server)))
+    assert [(event["subject"], event["data"]["finish_reason"]) for event in server.events] == [
+        ("finished", "stop"),
+        ("cut off", "crashed"),
+    ]
+
+
+def test_what_fails_too_often_is_a_dead_letter(tmp_path: Path) -> None:
+    path = tmp_path / "u.db"
+    with receiver(["refuse"]) as server, Ledger(path) as ledger, LedgerReader(path) as reader:
+
+        async def scenario() -> None:
+            await ledger.subscribe(server.url)
+            await invoke(ledger, "a")
+            await deliver_all(ledger, settings_for(server, max_attempts=3))
+
+        asyncio.run(scenario())
+        assert reader.outbox_counts() == [(server.url, 0, 1)]
+    assert server.num_requests == 3
+
+
+def test_nobody_is_told_without_a_subscription_or_after_it(tmp_path: Path) -> None:
+    path = tmp_path / "u.db"
+    with Ledger(path) as ledger, LedgerReader(path) as reader:
+        asyncio.run(invoke(ledger, "before"))
+        asyncio.run(ledger.subscribe("http://127.0.0.1:1/"))
+        asyncio.run(invoke(ledger, "while"))
+        asyncio.run(ledger.subscribe(None))
+        asyncio.run(invoke(ledger, "after"))
+        assert reader.outbox_counts() == [("http://127.0.0.1:1/", 1, 0)]
+
+
+def test_an_unreachable_receiver_is_tried_again_later(tmp_path: Path) -> None:
+    path = tmp_path / "u.db"
+    with receiver(["none"]) as server:
+        url = server.url
+    with Ledger(path) as ledger, LedgerReader(path) as reader:
+        asyncio.run(ledger.subscribe(url))
+        asyncio.run(invoke(ledger, "a"))
+        courier = Courier(ledger, EventSettings(url=url, first_retry_s=100))
+        assert asyncio.run(courier.deliver()) == 1
+        assert asyncio.run(courier.deliver()) == 0, "not due yet"
+        assert reader.outbox_counts() == [(url, 1, 0)]
+
+
+@pytest.mark.parametrize("num_attempts", [1, 2, 5, 12, 10_000])
+def test_the_wait_doubles_up_to_a_limit_and_is_never_quite_the_same(num_attempts: int) -> None:
+    longest = min(MAX_DELAY_S, 2.0 ** min(num_attempts - 1, 40))
+    found = {delay_s(num_attempts, 1.0, random.Random(seed)) for seed in range(20)}
+    assert len(found) == 20
+    assert all(longest / 2 <= delay <= longest for delay in found)
