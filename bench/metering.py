@@ -1,0 +1,168 @@
+"""What metering costs: the throughput of many streams in one process with the ledger, and without any.
+
+    python bench/metering.py ARTIFACT [--streams 100] [--tokens 200] [--rounds 9]
+
+The rounds take turns, so that what else the machine does falls on all of them alike. The smaller the model, the more
+tokens there are to meter in a second, and the more metering weighs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import statistics
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+from pilotlight.artifact import open_artifact
+from pilotlight.engine.backend import EngineBackend
+from pilotlight.engine.policy import Policy
+from pilotlight.engine.session import OnnxSession
+from pilotlight.function import Function, Request, UsageLedger
+from pilotlight.metering.idempotency import Claim
+from pilotlight.metering.keyring import KeyDesk
+from pilotlight.metering.keys import Limits
+from pilotlight.metering.ledger import Ledger
+from pilotlight.metering.limits import Admitted
+from pilotlight.metering.marks import Mark
+from pilotlight.metering.prices import PriceTable
+from pilotlight.metering.record import Admission, UsageRecord, final_record, utc_text
+from pilotlight.metering.usage import Timings, Usage
+from pilotlight.request import FinishReason
+
+PROMPT_IDS = tuple(range(10, 42))
+PRICES = PriceTable.from_config({"prompt_per_million_tokens": "0.1", "completion_per_million_tokens": "0.4"})
+
+
+class NoLedger:
+    """Meters nothing."""
+
+    checkpoint_tokens = 1_000_000
+
+    async def admit(self, admission: Admission, claim: Claim | None = None) -> Admitted:
+        return Admitted()
+
+    def note(self, request_id: str, mark: Mark) -> None:
+        pass
+
+    async def checkpoint(self, request_id: str, usage: Usage) -> None:
+        pass
+
+    async def finish(self, record: UsageRecord) -> None:
+        pass
+
+    def get(self, request_id: str) -> UsageRecord | None:
+        return None
+
+    def receipt(self, request_id: str) -> str | None:
+        return None
+
+
+async def stream(function: Function, request_id: str, num_tokens: int, key_id: str | None) -> int:
+    request = Request(
+        id=request_id, token_ids=PROMPT_IDS, max_new_tokens=num_tokens, ignore_eos=True, key_id=key_id, tenant=key_id
+    )
+    invocation = await function.invoke(request)
+    return sum([len(delta.token_ids) async for delta in invocation])
+
+
+def admission(request_id: str, num_tokens: int) -> Admission:
+    return Admission(
+        request_id=request_id,
+        function="bench",
+        artifact_digest="sha256:0",
+        precision="int4",
+        provider="cpu",
+        replica_id="bench",
+        started_at_utc=utc_text(datetime.now(UTC)),
+        prices=PRICES,
+        reserved_tokens=len(PROMPT_IDS) + num_tokens,
+        reserved_micros=1000,
+    )
+
+
+async def cpu_s_per_token(ledger: Ledger, label: str, num_streams: int, num_tokens: int) -> float:
+    """Return the processor time of all that metering does for so many streams, by itself and on all threads."""
+    admissions = [admission(f"{label}-{number}", num_tokens) for number in range(num_streams)]
+    usage = Usage(len(PROMPT_IDS), 0, num_tokens, num_tokens, 0, 1000)
+    began_at = time.process_time()
+    await asyncio.gather(*(ledger.admit(each) for each in admissions))
+    for token in range(num_tokens):
+        for each in admissions:
+            ledger.note(each.request_id, Mark(len(PROMPT_IDS), token, token))
+        if token % ledger.checkpoint_tokens == 0:
+            await asyncio.gather(*(ledger.checkpoint(each.request_id, usage) for each in admissions))
+    records = (final_record(each, usage, Timings(), FinishReason.LENGTH) for each in admissions)
+    await asyncio.gather(*(ledger.finish(record) for record in records))
+    return (time.process_time() - began_at) / (num_streams * num_tokens)
+
+
+async def tokens_per_s(function: Function, label: str, num_streams: int, num_tokens: int, key_id: str | None) -> float:
+    """Return the throughput of so many streams that begin together."""
+    began_at = time.perf_counter()
+    streams = (stream(function, f"{label}-{number}", num_tokens, key_id) for number in range(num_streams))
+    counts = await asyncio.gather(*streams)
+    return sum(counts) / (time.perf_counter() - began_at)
+
+
+async def measure(
+    path: Path, num_streams: int, num_tokens: int, num_rounds: int
+) -> tuple[dict[str, list[float]], list[float]]:
+    """Return the throughput of every round without metering, with it, and with a key that has limits.
+
+    Beside that, the seconds of processor time a token that metering takes by itself.
+    """
+    artifact = open_artifact(path)
+    context = min(artifact.manifest.shapes.max_context_tokens, len(PROMPT_IDS) + num_tokens)
+    session = OnnxSession(artifact, num_streams, context, os.cpu_count() or 1)
+    backend = EngineBackend(session, num_streams, Policy())
+    found: dict[str, list[float]] = {"unmetered": [], "metered": [], "metered, with a key": []}
+    with tempfile.TemporaryDirectory() as folder:
+        ledger_path = Path(folder) / "usage.db"
+        with KeyDesk(ledger_path) as desk:
+            limits = Limits(tokens_per_minute=10**12, tokens_per_month=10**15, requests_per_minute=10**9)
+            key, _ = desk.create("bench", "bench", None, limits)
+        with Ledger(ledger_path) as ledger:
+            ledgers: dict[str, UsageLedger] = dict.fromkeys(found, ledger) | {"unmetered": NoLedger()}
+            functions = {
+                name: Function("bench", artifact, backend, of, PRICES, max_context_tokens=context)
+                for name, of in ledgers.items()
+            }
+            backend.start()
+            for number in range(num_rounds + 1):
+                for name, function in functions.items():
+                    key_id = key.key_id if name == "metered, with a key" else None
+                    speed = await tokens_per_s(function, f"{name}-{number}", num_streams, num_tokens, key_id)
+                    if number > 0:  # the first round warms up
+                        found[name].append(speed)
+            await backend.close()
+            alone = [
+                await cpu_s_per_token(ledger, f"alone-{number}", num_streams, num_tokens)
+                for number in range(num_rounds)
+            ]
+    return found, alone
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("artifact", type=Path)
+    parser.add_argument("--streams", type=int, default=100)
+    parser.add_argument("--tokens", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=9)
+    options = parser.parse_args()
+    found, alone = asyncio.run(measure(options.artifact, options.streams, options.tokens, options.rounds))
+    for name, speeds in found.items():
+        pairs = zip(found["unmetered"], speeds, strict=True)
+        cost = statistics.median(1 - metered / unmetered for unmetered, metered in pairs)
+        spread = f"{min(speeds):,.0f} to {max(speeds):,.0f}"
+        print(f"{name:<20} {statistics.median(speeds):>10,.0f} tokens/s ({spread}), costs {cost:6.2%}")
+    share = statistics.median(alone) * statistics.median(found["unmetered"])
+    print(f"by itself, metering takes {statistics.median(alone) * 1e6:.1f} µs of processor time a token:")
+    print(f"{share:.2%} of one core at the unmetered throughput, {share / (os.cpu_count() or 1):.2%} of this machine")
+
+
+if __name__ == "__main__":
+    main()
