@@ -68,7 +68,7 @@ class Run:
         rng = random.Random(self.seed)
         while time.monotonic() < ends_at:
             await asyncio.sleep(min(self.kill_every_s * rng.uniform(0.5, 1.5), max(0.0, ends_at - time.monotonic())))
-            replicas = _children(server.pid)
+            replicas = _descendants(server.pid)
             if replicas and rng.random() < 0.5:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(rng.choice(replicas), signal.SIGKILL)
@@ -192,7 +192,10 @@ def _num_admitted(ledger: Path) -> int:
     return int(found)
 
 
-def _children(pid: int) -> list[int]:
-    """Return the processes that a server has started: its replicas, where it has any."""
-    found = Path(f"/proc/{pid}/task/{pid}/children")
-    return [int(child) for child in found.read_text().split()] if found.exists() else []
+def _descendants(pid: int) -> list[int]:
+    """Return the processes below a server: what forks its replicas, and the replicas."""
+    try:
+        children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:  # it has just ended
+        return []
+    return [*children, *(deeper for child in children for deeper in _descendants(child))]
