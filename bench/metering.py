@@ -92,7 +92,7 @@ async def cpu_s_per_token(ledger: Ledger, label: str, num_streams: int, num_toke
     await asyncio.gather(*(ledger.admit(each) for each in admissions))
     for token in range(num_tokens):
         for each in admissions:
-            ledger.note(each.request_id, Mark(len(PROMPT_IDS), token, token))
+            ledger.note(each.request_id, Mark(len(PROMPT_IDS), 0, token, token))
         if token % ledger.checkpoint_tokens == 0:
             await asyncio.gather(*(ledger.checkpoint(each.request_id, usage) for each in admissions))
     records = (final_record(each, usage, Timings(), FinishReason.LENGTH) for each in admissions)

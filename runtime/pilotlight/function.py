@@ -268,7 +268,8 @@ class _Progress:
         """Return what was used up to now, for the note of a token."""
         assert self.last_token_at is not None
         began_at = self.prefill_started_at or self.last_token_at
-        return Mark(num_prompt_tokens, self.num_completion_tokens, round((self.last_token_at - began_at) * 1000))
+        busy_ms = round((self.last_token_at - began_at) * 1000)
+        return Mark(num_prompt_tokens, self.num_cached_tokens, self.num_completion_tokens, busy_ms)
 
     def timings(self) -> Timings:
         """Return the stages' durations up to now."""

@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 from pilotlight.errors import ConfigError, LedgerUnavailable
 
-_SLOT = struct.Struct("<16sQQQ")
-_COUNTS = struct.Struct("<QQQ")
+_SLOT = struct.Struct("<16sQQQQ")
+_COUNTS = struct.Struct("<QQQQ")
 _EMPTY = bytes(_SLOT.size)
 _COUNTS_OFFSET = _SLOT.size - _COUNTS.size
 
@@ -28,6 +28,7 @@ class Mark(NamedTuple):
     """What an invocation has used so far."""
 
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     completion_tokens: int = 0
     busy_ms: int = 0
 
