@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pilotlight.api.anthropic_types import ErrorEvent, ErrorObject, ErrorType
+from pilotlight.api.anthropic_types import ErrorEvent, ErrorType, MessageError
 from pilotlight.errors import PilotlightError
 
 PATHS = "/v1/messages"
@@ -24,4 +24,4 @@ TYPES: dict[int, ErrorType] = {
 def error_event(error: PilotlightError, request_id: str | None) -> ErrorEvent:
     """Return the object that stands for an error, in a body or in a stream."""
     kind = TYPES.get(error.status, "api_error" if error.status >= 500 else "invalid_request_error")
-    return ErrorEvent(ErrorObject(kind, error.message), request_id)
+    return ErrorEvent(MessageError(kind, error.message), request_id)

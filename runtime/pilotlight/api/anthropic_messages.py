@@ -17,7 +17,7 @@ from pilotlight.api.anthropic_types import (
     BlockStop,
     CountTokensBody,
     Event,
-    InputMessage,
+    Headers,
     MessageDelta,
     MessageObject,
     MessagesBody,
@@ -29,25 +29,24 @@ from pilotlight.api.anthropic_types import (
     StopReason,
     Text,
     TextBlock,
-    TextDelta,
+    TextBlockDelta,
     TokenCount,
     ToolResultBlock,
     ToolUseBlock,
+    Turn,
 )
 from pilotlight.api.auth import caller_of
 from pilotlight.api.endpoint import GENERATION, Endpoint
 from pilotlight.api.intake import Intake, completed, json_response, request_id_of
 from pilotlight.api.objects import metered
 from pilotlight.api.sse import event_frame
-from pilotlight.api.wire import parse
+from pilotlight.api.wire import parse, parse_text
 from pilotlight.errors import InvalidRequest, PilotlightError
 from pilotlight.function import Invocation
 from pilotlight.function import Request as FunctionRequest
 from pilotlight.metering.record import UsageRecord
 from pilotlight.request import FinishReason
 
-VERSIONS = ("2023-06-01", "2026-10-21")
-"""What the two differ in does not concern what is served here, except that sampling parameters stay possible."""
 PING = event_frame(Ping())
 
 
@@ -67,6 +66,7 @@ class Messages:
                 answer=MessageObject,
                 body=MessagesBody,
                 event=Event,
+                headers=Headers,
                 refusals=GENERATION,
             ),
             Endpoint(
@@ -76,12 +76,13 @@ class Messages:
                 "Count the tokens of a conversation",
                 answer=TokenCount,
                 body=CountTokensBody,
+                headers=Headers,
                 refusals=GENERATION,
             ),
         ]
 
     async def create(self, request: Request) -> Response:
-        _check_version(request)
+        parse_text(request.headers, Headers)
         body = parse(await self._intake.read_body(request), MessagesBody)
         return await self._intake.answer(
             request,
@@ -93,7 +94,7 @@ class Messages:
         )
 
     async def count_tokens(self, request: Request) -> Response:
-        _check_version(request)
+        parse_text(request.headers, Headers)
         body = parse(await self._intake.read_body(request), CountTokensBody)
         asked = counted_request(body, request_id_of(request))
         num_tokens = await self._intake.function(body.model, caller_of(request)).count_prompt_tokens(asked)
@@ -177,7 +178,7 @@ class _Blocks:
     def push(self, text: str) -> list[Event]:
         if not text:
             return []
-        piece = BlockDelta(self._num_ended, TextDelta(text))
+        piece = BlockDelta(self._num_ended, TextBlockDelta(text))
         if self._is_open:
             return [piece]
         self._is_open = True
@@ -191,14 +192,7 @@ class _Blocks:
         return [BlockStop(self._num_ended - 1)]
 
 
-def _check_version(request: Request) -> None:
-    version = request.headers.get("anthropic-version")
-    if version is not None and version not in VERSIONS:
-        spoken = ", ".join(VERSIONS)
-        raise InvalidRequest("anthropic-version", f"anthropic-version: {spoken} are spoken here, not {version!r}")
-
-
-def _conversation(system: Text | None, messages: list[InputMessage]) -> tuple[list[dict[str, Any]], str]:
+def _conversation(system: Text | None, messages: list[Turn]) -> tuple[list[dict[str, Any]], str]:
     """Return the messages as chat templates know them, and how the answer is to begin."""
     *before, last = messages
     prefill = ""
@@ -212,7 +206,7 @@ def _conversation(system: Text | None, messages: list[InputMessage]) -> tuple[li
     return rendered, prefill
 
 
-def _template_messages(message: InputMessage, param: str) -> list[dict[str, Any]]:
+def _template_messages(message: Turn, param: str) -> list[dict[str, Any]]:
     """Return one message of the API as one or more of a template: tool results are messages of their own there."""
     if isinstance(message.content, str):
         return [{"role": message.role, "content": message.content}]
@@ -240,7 +234,7 @@ def _tool_call(block: ToolUseBlock) -> dict[str, Any]:
     return {"id": block.id, "type": "function", "function": {"name": block.name, "arguments": arguments}}
 
 
-def _only_text(message: InputMessage, param: str) -> str:
+def _only_text(message: Turn, param: str) -> str:
     if isinstance(message.content, str):
         return message.content
     texts = []

@@ -15,6 +15,8 @@ from pilotlight.api.objects import Metered
 from pilotlight.api.wire import Body, SamplingBody
 
 MAX_STOP_SEQUENCES = 16
+Version = Literal["2023-06-01", "2026-10-21"]
+"""What the two differ in does not concern what is served here, except that sampling parameters stay possible."""
 
 StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use", "model_context_window_exceeded"]
 
@@ -62,7 +64,7 @@ InputBlock = TextBlock | ToolUseBlock | ToolResultBlock | ThinkingBlock | Redact
 Text = str | list[TextBlock]
 
 
-class InputMessage(msgspec.Struct, frozen=True):
+class Turn(msgspec.Struct, frozen=True):
     role: Literal["user", "assistant", "system"]
     content: str | list[InputBlock]
 
@@ -79,13 +81,17 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
 }
 
 
+class Headers(msgspec.Struct, frozen=True, rename="kebab"):
+    anthropic_version: Version = "2026-10-21"
+
+
 class MessagesBody(SamplingBody, frozen=True, kw_only=True):
     """What ``POST /v1/messages`` takes; the sampling parameters after ``top_k`` are extensions."""
 
     ignored: ClassVar[frozenset[str]] = IGNORED
     neutral: ClassVar[Mapping[str, tuple[object, ...]]] = NEUTRAL
 
-    messages: Annotated[list[InputMessage], Meta(min_length=1)]
+    messages: Annotated[list[Turn], Meta(min_length=1)]
     max_tokens: Annotated[int, Meta(ge=1)]
     system: Text | None = None
     stop_sequences: Annotated[list[Annotated[str, Meta(min_length=1)]], Meta(max_length=MAX_STOP_SEQUENCES)] | None = (
@@ -101,7 +107,7 @@ class CountTokensBody(Body, frozen=True, kw_only=True):
     neutral: ClassVar[Mapping[str, tuple[object, ...]]] = NEUTRAL
 
     model: str
-    messages: Annotated[list[InputMessage], Meta(min_length=1)]
+    messages: Annotated[list[Turn], Meta(min_length=1)]
     system: Text | None = None
 
 
@@ -139,7 +145,7 @@ class BlockStart(msgspec.Struct, frozen=True, tag="content_block_start"):
     content_block: TextBlock | ToolUseBlock
 
 
-class TextDelta(msgspec.Struct, frozen=True, tag="text_delta"):
+class TextBlockDelta(msgspec.Struct, frozen=True, tag="text_delta"):
     text: str
 
 
@@ -149,7 +155,7 @@ class InputJsonDelta(msgspec.Struct, frozen=True, tag="input_json_delta"):
 
 class BlockDelta(msgspec.Struct, frozen=True, tag="content_block_delta"):
     index: int
-    delta: TextDelta | InputJsonDelta
+    delta: TextBlockDelta | InputJsonDelta
 
 
 class BlockStop(msgspec.Struct, frozen=True, tag="content_block_stop"):
@@ -176,7 +182,7 @@ class Ping(msgspec.Struct, frozen=True, tag="ping"):
     pass
 
 
-class ErrorObject(msgspec.Struct, frozen=True):
+class MessageError(msgspec.Struct, frozen=True):
     type: ErrorType
     message: str
 
@@ -184,7 +190,7 @@ class ErrorObject(msgspec.Struct, frozen=True):
 class ErrorEvent(msgspec.Struct, frozen=True, tag="error"):
     """What a refused request gets, and what ends a broken stream."""
 
-    error: ErrorObject
+    error: MessageError
     request_id: str | None = None
 
 

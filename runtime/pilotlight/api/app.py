@@ -6,7 +6,7 @@ import asyncio
 import re
 import secrets
 from collections.abc import Mapping
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from starlette.applications import Starlette
@@ -16,19 +16,23 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from pilotlight import __version__
 from pilotlight.api import errors
 from pilotlight.api.anthropic_messages import Messages
 from pilotlight.api.auth import Doorkeeper, caller_of
+from pilotlight.api.docs_page import SECURITY_POLICY, page
 from pilotlight.api.endpoint import ANY, GENERATION, Endpoint, routes
 from pilotlight.api.idempotency import KeptAnswers
 from pilotlight.api.intake import Intake, json_response, request_id_of
 from pilotlight.api.metrics import CONTENT_TYPE, Metrics
-from pilotlight.api.objects import Alive, CancelledRequest, ModelList, ModelObject, Ready, model_object
+from pilotlight.api.objects import REQUEST_ID, Alive, CancelledRequest, ModelList, ModelObject, Ready, model_object
 from pilotlight.api.openai_body import GenerationBody
 from pilotlight.api.openai_chat import ChatBody, ChatShape, chat_request
 from pilotlight.api.openai_completion import Shape, stream, whole
 from pilotlight.api.openai_responses import Responses
 from pilotlight.api.openai_text import TextBody, TextShape, text_request
+from pilotlight.api.openai_types import ChatChunk, ChatCompletion, TextChunk, TextCompletion
+from pilotlight.api.openapi import document
 from pilotlight.api.response_store import ResponseStore
 from pilotlight.api.wire import parse
 from pilotlight.errors import (
@@ -36,6 +40,7 @@ from pilotlight.errors import (
     FunctionNotFound,
     InvalidRequest,
     LedgerUnavailable,
+    NotPermitted,
     PilotlightError,
     RequestNotFound,
 )
@@ -45,7 +50,9 @@ from pilotlight.metering.keyring import Keyring
 from pilotlight.metering.record import UsageRecord
 
 RECEIPT_TYPE = "application/jose"
-REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+VALID_REQUEST_ID = re.compile(REQUEST_ID)
+
+HTML = "text/html; charset=utf-8"
 
 
 class Api:
@@ -89,9 +96,9 @@ class Api:
                 "/v1/chat/completions",
                 self.chat_completions,
                 "Answer a conversation",
-                answer=dict[str, Any],
+                answer=ChatCompletion,
                 body=ChatBody,
-                event=dict[str, Any],
+                event=ChatChunk,
                 refusals=GENERATION,
             ),
             Endpoint(
@@ -99,9 +106,9 @@ class Api:
                 "/v1/completions",
                 self.completions,
                 "Continue a text",
-                answer=dict[str, Any],
+                answer=TextCompletion,
                 body=TextBody,
-                event=dict[str, Any],
+                event=TextChunk,
                 refusals=GENERATION,
             ),
             *self._responses.endpoints(),
@@ -113,7 +120,7 @@ class Api:
                 self.model,
                 "Describe a function",
                 answer=ModelObject,
-                refusals=(*ANY, FunctionNotFound),
+                refusals=(*ANY, NotPermitted, FunctionNotFound),
             ),
             Endpoint(
                 "GET",
@@ -140,7 +147,16 @@ class Api:
                 answer=Ready,
                 refusals=(*ANY, Draining),
             ),
-            Endpoint("GET", "/metrics", self.metrics, "Metrics for Prometheus", answer=CONTENT_TYPE),
+            Endpoint(
+                "GET",
+                "/metrics",
+                self.metrics,
+                "Metrics for Prometheus",
+                answer=CONTENT_TYPE,
+                refusals=(*ANY, NotPermitted),
+            ),
+            Endpoint("GET", "/openapi.json", self.openapi, "Describe this API", answer=dict[str, Any]),
+            Endpoint("GET", "/docs", self.docs, "Describe this API to people", answer=HTML),
         ]
 
     async def chat_completions(self, request: Request) -> Response:
@@ -193,6 +209,17 @@ class Api:
     async def metrics(self, request: Request) -> Response:
         return Response(self._metrics.render(), headers={"content-type": CONTENT_TYPE})
 
+    async def openapi(self, request: Request) -> Response:
+        return json_response(self._document)
+
+    async def docs(self, request: Request) -> Response:
+        headers = {"content-type": HTML, "content-security-policy": SECURITY_POLICY}
+        return Response(page(self._document), headers=headers)
+
+    @cached_property
+    def _document(self) -> dict[str, Any]:
+        return document(self.endpoints(), __version__)
+
     async def _complete(self, request: Request, body: GenerationBody, asked: FunctionRequest, shape: Shape) -> Response:
         return await self._intake.answer(
             request, body, asked, partial(stream, body=body, shape=shape), partial(whole, body=body, shape=shape)
@@ -210,8 +237,9 @@ class RequestIds:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
-        valid = REQUEST_ID.fullmatch(given) is not None
+        header = dict(scope["headers"]).get(b"x-request-id")
+        given = None if header is None else header.decode("latin-1")
+        valid = given is not None and VALID_REQUEST_ID.fullmatch(given) is not None
         request_id = given if valid else f"req-{secrets.token_hex(12)}"
         scope.setdefault("state", {})["request_id"] = request_id
 
@@ -221,7 +249,7 @@ class RequestIds:
                 headers["x-request-id"] = headers["request-id"] = request_id
             await send(message)
 
-        if given and not valid:
+        if given is not None and not valid:
             refusal = InvalidRequest("x-request-id", "x-request-id: expected 1 to 128 letters, digits or . _ : -")
             await errors.error_response(refusal, scope)(scope, receive, send_with_id)
             return

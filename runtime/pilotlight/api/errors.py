@@ -12,6 +12,7 @@ from starlette.responses import Response
 from starlette.types import Scope
 
 from pilotlight.api import anthropic_errors
+from pilotlight.api.objects import ErrorEnvelope, ErrorObject
 from pilotlight.errors import (
     CapacityError,
     EngineError,
@@ -30,8 +31,7 @@ MAX_RETRY_S = 60
 
 def error_body(error: PilotlightError) -> bytes:
     """Return ``{"error": {message, type, param, code}}``."""
-    envelope = {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
-    return msgspec.json.encode({"error": envelope})
+    return msgspec.json.encode(ErrorEnvelope(ErrorObject(error.message, error.type, error.param, error.code)))
 
 
 def error_response(error: PilotlightError, scope: Scope) -> Response:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
 
 from pilotlight.function import Function
 from pilotlight.metering.record import UsageRecord
+
+REQUEST_ID = r"^[A-Za-z0-9._:-]{1,128}$"
 
 
 class ModelObject(msgspec.Struct, frozen=True):
@@ -74,3 +77,22 @@ def metered(record: UsageRecord) -> Metered:
         cost_micros=record.cost_micros,
         currency=record.currency,
     )
+
+
+class RequestHeaders(msgspec.Struct, frozen=True, rename="kebab"):
+    """What every request may carry."""
+
+    x_request_id: Annotated[str, Meta(pattern=REQUEST_ID)] | None = None
+
+
+class ErrorObject(msgspec.Struct, frozen=True):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorEnvelope(msgspec.Struct, frozen=True):
+    """An error, as clients of the OpenAI API read it."""
+
+    error: ErrorObject

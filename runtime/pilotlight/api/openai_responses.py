@@ -30,6 +30,7 @@ from pilotlight.api.responses_types import (
     InputText,
     InputTokensDetails,
     ItemList,
+    ItemsQuery,
     Numbered,
     OutputItem,
     OutputMessage,
@@ -44,9 +45,10 @@ from pilotlight.api.responses_types import (
     ResponseObject,
     ResponsesBody,
     ResponseUsage,
+    StoredQuery,
 )
 from pilotlight.api.sse import event_frame
-from pilotlight.api.wire import parse
+from pilotlight.api.wire import parse, parse_text
 from pilotlight.errors import InvalidRequest, PilotlightError, ResponseNotFound, ResponseStoreUnavailable
 from pilotlight.function import Invocation
 from pilotlight.function import Request as FunctionRequest
@@ -82,6 +84,7 @@ class Responses:
                 self.retrieve,
                 "Return a response that was kept",
                 answer=ResponseObject,
+                query=StoredQuery,
                 refusals=STORED,
             ),
             Endpoint(
@@ -98,6 +101,7 @@ class Responses:
                 self.input_items,
                 "List what a response that was kept answered",
                 answer=ItemList,
+                query=ItemsQuery,
                 refusals=STORED,
             ),
         ]
@@ -112,8 +116,7 @@ class Responses:
         return await self._intake.answer(request, body, asked, answer.stream, answer.whole)
 
     async def retrieve(self, request: Request) -> Response:
-        if request.query_params.get("stream", "false") != "false":
-            raise InvalidRequest("stream", "stream: a response that was kept is not streamed again")
+        parse_text(request.query_params, StoredQuery)
         return Response((await self._stored(request)).response, media_type="application/json")
 
     async def delete(self, request: Request) -> Response:
@@ -123,8 +126,9 @@ class Responses:
         return json_response(DeletedResponse(response_id))
 
     async def input_items(self, request: Request) -> Response:
+        query = parse_text(request.query_params, ItemsQuery)
         stored = await self._stored(request)
-        return json_response(_page(msgspec.json.decode(stored.input_items, type=list[InputItem]), request))
+        return json_response(_page(msgspec.json.decode(stored.input_items, type=list[InputItem]), query))
 
     async def _stored(self, request: Request) -> StoredResponse:
         response_id = request.path_params["response_id"]
@@ -286,18 +290,12 @@ def _identified(given: str | list[InputItem], request_id: str) -> list[InputItem
     return [replace(item, id=item.id or f"item_{request_id}_{index}") for index, item in enumerate(items)]
 
 
-def _page(items: list[InputItem], request: Request) -> ItemList:
-    """Return the part of the items that the query asks for: the newest 20 unless it says otherwise."""
-    query = request.query_params
-    limit, order = query.get("limit", "20"), query.get("order", "desc")
-    if not limit.isascii() or not limit.isdigit() or not 1 <= int(limit) <= 100:
-        raise InvalidRequest("limit", "limit: expected 1 to 100")
-    if order not in ("asc", "desc"):
-        raise InvalidRequest("order", "order: expected asc or desc")
-    ordered = items if order == "asc" else items[::-1]
+def _page(items: list[InputItem], query: ItemsQuery) -> ItemList:
+    """Return the part of the items that a query asks for."""
+    ordered = items if query.order == "asc" else items[::-1]
     ids = [item.id for item in ordered]
-    start = ids.index(query["after"]) + 1 if query.get("after") in ids else 0
-    page = ordered[start : start + int(limit)]
+    start = ids.index(query.after) + 1 if query.after in ids else 0
+    page = ordered[start : start + query.limit]
     first, last = (page[0].id, page[-1].id) if page else (None, None)
     return ItemList(page, first, last, has_more=start + len(page) < len(ordered))
 

@@ -78,7 +78,7 @@ class TextConfig(msgspec.Struct, frozen=True):
     verbosity: Literal["low", "medium", "high"] | None = None
 
 
-class StreamOptions(msgspec.Struct, frozen=True):
+class ResponseStreamOptions(msgspec.Struct, frozen=True):
     include_obfuscation: bool | None = None
 
 
@@ -102,6 +102,7 @@ class ResponsesBody(SamplingBody, frozen=True, kw_only=True):
         "tools": ([],),
         "truncation": ("disabled",),
     }
+    untyped: ClassVar[tuple[type[msgspec.Struct], ...]] = (InputMessage,)
 
     input: str | list[InputItem]
     instructions: str | None = None
@@ -114,7 +115,7 @@ class ResponsesBody(SamplingBody, frozen=True, kw_only=True):
         default_factory=list
     )
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
-    stream_options: StreamOptions | None = None
+    stream_options: ResponseStreamOptions | None = None
     prompt_cache_key: str | None = None
 
     @classmethod
@@ -207,6 +208,18 @@ class ItemList(msgspec.Struct, frozen=True):
     last_id: str | None
     has_more: bool
     object: Literal["list"] = "list"
+
+
+class StoredQuery(msgspec.Struct, frozen=True):
+    """A response that was kept is not streamed again."""
+
+    stream: Literal["false"] = "false"
+
+
+class ItemsQuery(msgspec.Struct, frozen=True):
+    limit: Annotated[int, Meta(ge=1, le=100)] = 20
+    order: Literal["asc", "desc"] = "desc"
+    after: str = ""
 
 
 class Numbered(msgspec.Struct, frozen=True, kw_only=True):

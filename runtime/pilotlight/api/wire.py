@@ -19,16 +19,19 @@ SAMPLING = (
 ).split()
 
 T = TypeVar("T", bound="Body")
+S = TypeVar("S", bound=msgspec.Struct)
 
 
 class Body(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A body's fields are its parameters; ``ignored`` names what it takes beside them without any effect.
 
-    ``neutral`` names what is not supported, with the values that ask for nothing and are therefore taken.
+    ``neutral`` names what is not supported, with the values that ask for nothing and are therefore taken. ``untyped``
+    are the tagged structs whose tag may be left out; ``normalized`` puts it where it is missing.
     """
 
     ignored: ClassVar[frozenset[str]] = frozenset()
     neutral: ClassVar[Mapping[str, tuple[object, ...]]] = {}
+    untyped: ClassVar[tuple[type[msgspec.Struct], ...]] = ()
 
     @classmethod
     def normalized(cls, given: dict[str, Any]) -> dict[str, Any]:
@@ -73,6 +76,18 @@ def parse(raw: bytes, kind: type[T]) -> T:
             given[key] = value
     try:
         return msgspec.convert(kind.normalized(given), kind, str_keys=True)
+    except msgspec.ValidationError as error:
+        raise _invalid(error) from error
+
+
+def parse_text(given: Mapping[str, str], kind: type[S]) -> S:
+    """Check what comes as text: a query, or headers, of which a struct names those that count.
+
+    Raises:
+        InvalidRequest: a parameter is missing, malformed or out of range.
+    """
+    try:
+        return msgspec.convert(dict(given), kind, strict=False)
     except msgspec.ValidationError as error:
         raise _invalid(error) from error
 
