@@ -127,7 +127,7 @@ def test_completions_say_nothing_that_is_not_described(toy_artifact: Artifact, t
 
     async def scenario() -> None:
         async with serving(toy_artifact, tmp_path) as toy:
-            params = {"max_tokens": 3, "return_token_ids": True}
+            params: dict[str, Any] = {"max_tokens": 3, "return_token_ids": True}
             chat = (await toy.chat(logprobs=True, top_logprobs=1, **params)).json()
             text = (await toy.complete("a", logprobs=1, **params)).json()
             for given, kind in ((chat, openai_types.ChatCompletion), (text, openai_types.TextCompletion)):

@@ -15,6 +15,7 @@ from pilotlight.api.anthropic_types import (
     BlockDelta,
     BlockStart,
     BlockStop,
+    CountHeaders,
     CountTokensBody,
     Event,
     Headers,
@@ -76,7 +77,7 @@ class Messages:
                 "Count the tokens of a conversation",
                 answer=TokenCount,
                 body=CountTokensBody,
-                headers=Headers,
+                headers=CountHeaders,
                 refusals=GENERATION,
             ),
         ]
@@ -94,7 +95,7 @@ class Messages:
         )
 
     async def count_tokens(self, request: Request) -> Response:
-        parse_text(request.headers, Headers)
+        parse_text(request.headers, CountHeaders)
         body = parse(await self._intake.read_body(request), CountTokensBody)
         asked = counted_request(body, request_id_of(request))
         num_tokens = await self._intake.function(body.model, caller_of(request)).count_prompt_tokens(asked)
@@ -246,7 +247,7 @@ def _only_text(message: Turn, param: str) -> str:
     return _text(texts)
 
 
-def _text(text: Text) -> str:
+def _text(text: Text | list[TextBlock]) -> str:
     return text if isinstance(text, str) else "".join(block.text for block in text)
 
 

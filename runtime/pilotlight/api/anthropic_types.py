@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import msgspec
 from msgspec import Meta
 
-from pilotlight.api.objects import Metered
+from pilotlight.api.objects import GenerationHeaders, Metered
 from pilotlight.api.wire import Body, SamplingBody
 
 MAX_STOP_SEQUENCES = 16
@@ -38,6 +38,13 @@ class TextBlock(msgspec.Struct, frozen=True, tag="text"):
     text: str
 
 
+class OnlyTextBlock(msgspec.Struct, frozen=True):
+    """A text block where no other kind may stand; msgspec would not insist on the tag of the only kind there is."""
+
+    type: Literal["text"]
+    text: str
+
+
 class ToolUseBlock(msgspec.Struct, frozen=True, tag="tool_use"):
     id: str
     name: str
@@ -46,7 +53,7 @@ class ToolUseBlock(msgspec.Struct, frozen=True, tag="tool_use"):
 
 class ToolResultBlock(msgspec.Struct, frozen=True, tag="tool_result"):
     tool_use_id: str
-    content: str | list[TextBlock] | None = None
+    content: str | list[OnlyTextBlock] | None = None
     is_error: bool | None = None
 
 
@@ -61,7 +68,7 @@ class RedactedThinkingBlock(msgspec.Struct, frozen=True, tag="redacted_thinking"
 
 
 InputBlock = TextBlock | ToolUseBlock | ToolResultBlock | ThinkingBlock | RedactedThinkingBlock
-Text = str | list[TextBlock]
+Text = str | list[OnlyTextBlock]
 
 
 class Turn(msgspec.Struct, frozen=True):
@@ -81,7 +88,11 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
 }
 
 
-class Headers(msgspec.Struct, frozen=True, rename="kebab"):
+class Headers(GenerationHeaders, frozen=True, rename="kebab"):
+    anthropic_version: Version = "2026-10-21"
+
+
+class CountHeaders(msgspec.Struct, frozen=True, rename="kebab"):
     anthropic_version: Version = "2026-10-21"
 
 

@@ -25,7 +25,16 @@ from pilotlight.api.endpoint import ANY, GENERATION, Endpoint, routes
 from pilotlight.api.idempotency import KeptAnswers
 from pilotlight.api.intake import Intake, json_response, request_id_of
 from pilotlight.api.metrics import CONTENT_TYPE, Metrics
-from pilotlight.api.objects import REQUEST_ID, Alive, CancelledRequest, ModelList, ModelObject, Ready, model_object
+from pilotlight.api.objects import (
+    REQUEST_ID,
+    Alive,
+    CancelledRequest,
+    GenerationHeaders,
+    ModelList,
+    ModelObject,
+    Ready,
+    model_object,
+)
 from pilotlight.api.openai_body import GenerationBody
 from pilotlight.api.openai_chat import ChatBody, ChatShape, chat_request
 from pilotlight.api.openai_completion import Shape, stream, whole
@@ -99,6 +108,7 @@ class Api:
                 answer=ChatCompletion,
                 body=ChatBody,
                 event=ChatChunk,
+                headers=GenerationHeaders,
                 refusals=GENERATION,
             ),
             Endpoint(
@@ -109,6 +119,7 @@ class Api:
                 answer=TextCompletion,
                 body=TextBody,
                 event=TextChunk,
+                headers=GenerationHeaders,
                 refusals=GENERATION,
             ),
             *self._responses.endpoints(),

@@ -85,6 +85,13 @@ class RequestHeaders(msgspec.Struct, frozen=True, rename="kebab"):
     x_request_id: Annotated[str, Meta(pattern=REQUEST_ID)] | None = None
 
 
+class GenerationHeaders(msgspec.Struct, frozen=True, rename="kebab"):
+    """What a request that generates may carry: under one key there is one answer, and one bill."""
+
+    idempotency_key: Annotated[str, Meta(pattern=r"^[\x21-\x7e]{1,255}$")] | None = None
+    last_event_id: Annotated[str, Meta(pattern=r"^[A-Za-z0-9._:-]{1,128}:[0-9]{1,9}$")] | None = None
+
+
 class ErrorObject(msgspec.Struct, frozen=True):
     message: str
     type: str

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from pilotlight.api.auth import Caller, caller_of
 from pilotlight.api.endpoint import ANY, GENERATION, Endpoint
 from pilotlight.api.intake import Intake, completed, json_response, request_id_of
-from pilotlight.api.objects import metered
+from pilotlight.api.objects import GenerationHeaders, metered
 from pilotlight.api.response_store import ResponseStore, StoredResponse
 from pilotlight.api.responses_output import Output
 from pilotlight.api.responses_types import (
@@ -76,6 +76,7 @@ class Responses:
                 answer=ResponseObject,
                 body=ResponsesBody,
                 event=Event,
+                headers=GenerationHeaders,
                 refusals=GENERATION,
             ),
             Endpoint(

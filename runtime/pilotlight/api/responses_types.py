@@ -52,9 +52,16 @@ class FunctionCall(msgspec.Struct, frozen=True, tag="function_call"):
     status: ItemStatus | None = None
 
 
+class OnlyInputText(msgspec.Struct, frozen=True):
+    """A text part where no other kind may stand; msgspec would not insist on the tag of the only kind there is."""
+
+    type: Literal["input_text"]
+    text: str
+
+
 class FunctionCallOutput(msgspec.Struct, frozen=True, tag="function_call_output", omit_defaults=True):
     call_id: str
-    output: str | list[InputText]
+    output: str | list[OnlyInputText]
     id: str | None = None
     status: ItemStatus | None = None
 
@@ -69,8 +76,8 @@ class Reasoning(msgspec.Struct, frozen=True, tag="reasoning", omit_defaults=True
 InputItem = InputMessage | FunctionCall | FunctionCallOutput | Reasoning
 
 
-class PlainText(msgspec.Struct, frozen=True, tag="text"):
-    pass
+class PlainText(msgspec.Struct, frozen=True):
+    type: Literal["text"] = "text"
 
 
 class TextConfig(msgspec.Struct, frozen=True):
