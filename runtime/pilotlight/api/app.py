@@ -250,8 +250,8 @@ class RequestIds:
             return
         header = dict(scope["headers"]).get(b"x-request-id")
         given = None if header is None else header.decode("latin-1")
-        valid = given is not None and VALID_REQUEST_ID.fullmatch(given) is not None
-        request_id = given if valid else f"req-{secrets.token_hex(12)}"
+        valid = given if given is not None and VALID_REQUEST_ID.fullmatch(given) else None
+        request_id = valid or f"req-{secrets.token_hex(12)}"
         scope.setdefault("state", {})["request_id"] = request_id
 
         async def send_with_id(message: Message) -> None:
@@ -260,7 +260,7 @@ class RequestIds:
                 headers["x-request-id"] = headers["request-id"] = request_id
             await send(message)
 
-        if given is not None and not valid:
+        if given is not None and valid is None:
             refusal = InvalidRequest("x-request-id", "x-request-id: expected 1 to 128 letters, digits or . _ : -")
             await errors.error_response(refusal, scope)(scope, receive, send_with_id)
             return
