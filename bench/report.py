@@ -44,7 +44,7 @@ def _line(result: Result, peers: list[str], figure: Figure, by_peer: dict[str, V
         return _row(figure.title, cells, BLANK)
     rivals = [name for name in peers if name != OURS and result.peers[name].is_four_bit]
     best = best_peer(by_peer, rivals, figure.better)
-    ratios = paired_ratios(by_peer.get(OURS, []), by_peer[best]) if best else []
+    ratios = paired_ratios(by_peer[OURS], by_peer[best]) if best and OURS in by_peer else []
     if best is None or not ratios:
         return _row(figure.title, cells, BLANK)
     asked = dict(figure.asked).get(result.shape)

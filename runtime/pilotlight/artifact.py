@@ -87,6 +87,9 @@ class SpecialTokens(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pad_id: int | None
 
 
+KV_VALUE_BYTES = {"float32": 4, "float16": 2, "int8": 1}
+
+
 class KvLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How one layer's key or value cache lies in memory."""
 
@@ -114,6 +117,11 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     verification: dict[str, str | int | float | bool]
     files: dict[str, FileEntry]
     tools: dict[str, str]
+
+    @property
+    def stages_prompts(self) -> bool:
+        """Whether prompts are read on a float32 cache and then quantized into the int8 one."""
+        return self.kv.dtype == "int8" and PREFILL_GRAPH in self.files
 
     def encode(self) -> bytes:
         """Return the manifest as the bytes that are written and digested."""

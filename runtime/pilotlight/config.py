@@ -65,7 +65,7 @@ class FunctionSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     num_slots: Positive = 8
     max_context_tokens: Positive | None = None
     max_queued_requests: Annotated[int, Meta(ge=0)] = 64
-    max_chunk_tokens: Positive = 128
+    max_chunk_tokens: Positive = 256
     max_inter_token_ms: Annotated[float, Meta(gt=0)] | None = None
     kv_budget_tokens: Positive | None = None
     deterministic: bool = False

@@ -187,8 +187,8 @@ class _Staged:
         Raises:
             ArtifactError: the scales are missing, or not this model's.
         """
-        shapes, files = artifact.manifest.shapes, artifact.manifest.files
-        if artifact.manifest.kv.dtype != "int8" or PREFILL_GRAPH not in files:
+        shapes = artifact.manifest.shapes
+        if not artifact.manifest.stages_prompts:
             return None
         path = artifact.path / KV_SCALES
         try:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 
-from pilotlight.artifact import GRAPH, PREFILL_GRAPH, Artifact
+from pilotlight.artifact import BATCH_GRAPH, GRAPH, KV_VALUE_BYTES, PREFILL_GRAPH, Artifact
 from pilotlight.config import FunctionSettings
 from pilotlight.errors import ConfigError
 
 DEFAULT_MAX_CONTEXT_TOKENS = 4096
 """A slot's cache grows with its context, and models that were trained on 128 k tokens would fill a machine's memory."""
-
-_KV_ITEM_BYTES = {"float32": 4, "float16": 2}
 
 
 def num_cores() -> int:
@@ -43,13 +41,15 @@ def max_context_tokens(name: str, settings: FunctionSettings, artifact: Artifact
 
 
 def kv_bytes(artifact: Artifact, num_slots: int, max_context_tokens: int) -> int:
-    """Return the size of the KV cache, every slot full."""
-    shapes = artifact.manifest.shapes
-    per_token = 2 * shapes.num_layers * shapes.num_kv_heads * shapes.head_size
-    return per_token * _KV_ITEM_BYTES[artifact.manifest.kv.dtype] * num_slots * max_context_tokens
+    """Return the size of the KV cache, every slot full, and of the prompt's own cache where there is one."""
+    manifest = artifact.manifest
+    values_per_token = 2 * manifest.shapes.num_layers * manifest.shapes.num_kv_heads * manifest.shapes.head_size
+    of_slots = num_slots * KV_VALUE_BYTES[manifest.kv.dtype]
+    of_prompt = KV_VALUE_BYTES["float32"] if manifest.stages_prompts else 0
+    return values_per_token * (of_slots + of_prompt) * max_context_tokens
 
 
 def weights_bytes(artifact: Artifact) -> int:
     """Return the size of the graphs and their weights, as if all of it became private memory."""
-    stems = tuple(name for name in (GRAPH, PREFILL_GRAPH))
+    stems = (GRAPH, PREFILL_GRAPH, BATCH_GRAPH)
     return sum(file.size_bytes for name, file in artifact.manifest.files.items() if name.startswith(stems))
