@@ -1,14 +1,16 @@
-"""Draw a token from one row of logits [V]: what the filters keep first, then one place in it.
+"""Draw a token from one row of logits [V] without sorting it.
 
-Nothing sorts the ids of a whole row, which would take longer than all the rest.
+Top-k and min-p are found by a threshold. Top-p by trial: a token is drawn from what the others leave, and kept if the
+mass before it, in the order of weights, is less than top-p. A token that is not kept rules out all behind it for the
+next trial, so few are needed; what is kept follows the filtered distribution exactly.
 
-Letters: V vocabulary, K candidates, likeliest first.
+Letters: V vocabulary, K candidates.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,10 +19,7 @@ from pilotlight.request import SamplingParams
 
 Floats = NDArray[np.float32]
 Ids = NDArray[np.int64]
-Weights = NDArray[np.float64]
-
-WIDTHS = (128, 1024)
-"""A filter's boundary is looked for among so many of the likeliest tokens before it is among all of them."""
+Weights = NDArray[np.float32]
 
 STRIDE = 32
 """A sample of every so many logits tells where the likeliest ones begin."""
@@ -29,37 +28,34 @@ BLOCK = 256
 """Running sums are those of blocks first: one long running sum is slow."""
 
 
-def draw(logits: Floats, params: SamplingParams, random: float) -> int:
-    """Return the token at the place ``random`` of the row's distribution, in the order of ids."""
+def draw(logits: Floats, params: SamplingParams, random: Callable[[int], float]) -> int:
+    """Return a token of the row's distribution, by the random numbers of its trials 0, 1, …"""
     peak = logits.max()
-    if params.top_k == 0 and params.top_p >= 1.0 and params.min_p == 0.0:
-        weights = _weights(logits, peak, params.temperature)
-        return _place(weights, random * weights.sum())
-    ids = kept(logits, params)
-    weights = _weights(logits[ids], peak, params.temperature)
-    return int(ids[_place(weights, random * weights.sum())])
+    ids = np.sort(likeliest(logits, params.top_k)) if 0 < params.top_k < len(logits) else None
+    weights: Weights = np.exp(((logits if ids is None else logits[ids]) - peak) / np.float32(params.temperature))
+    mass = params.top_p * float(weights.sum(dtype=np.float64))
+    if params.min_p > 0.0:
+        ids, weights = _only(weights >= params.min_p, ids, weights)
+    trial = 0
+    while True:
+        place = _place(weights, random(trial))
+        before = _before(weights, place)
+        if params.top_p >= 1.0 or not before.any() or weights[before].sum(dtype=np.float64) < mass:
+            return place if ids is None else int(ids[place])
+        ids, weights = _only(before, ids, weights)
+        trial += 1
 
 
-def kept(logits: Floats, params: SamplingParams) -> Ids:
-    """Return the ids that top-k, then top-p, then min-p keep, in their own order.
+def _before(weights: Weights, place: int) -> NDArray[np.bool_]:
+    """Return which weights [K] come before one: the larger ones, and of equal ones those of smaller ids."""
+    before: NDArray[np.bool_] = weights > weights[place]
+    before[:place] |= weights[:place] == weights[place]
+    return before
 
-    Among equal logits at the boundary the smaller ids are kept.
-    """
-    most = min(params.top_k or len(logits), len(logits))
-    mass = None
-    if params.top_p < 1.0 and not params.top_k:
-        mass = float(_weights(logits, logits.max(), params.temperature).sum())
-    for width in WIDTHS:
-        if width < params.top_k and width < most:
-            continue  # top-p's mass is that of all that top-k keeps
-        ids = likeliest(logits, min(width, most))
-        is_all = len(ids) < width or len(ids) == most
-        count = _count(logits[ids], params, mass)
-        if is_all or count < len(ids):
-            return np.sort(ids[:count])
-    values = np.sort(logits)[::-1][:most]
-    count = _count(values, params, mass)
-    return _largest(logits, values[count - 1], count)
+
+def _only(kept: NDArray[np.bool_], ids: Ids | None, weights: Weights) -> tuple[Ids, Weights]:
+    places = np.flatnonzero(kept)
+    return (places if ids is None else ids[places]), weights[places]
 
 
 def likeliest(logits: Floats, count: int) -> Ids:
@@ -85,35 +81,15 @@ def _threshold(logits: Floats, count: int) -> np.float32:
     return exact
 
 
-def _count(values: Floats, params: SamplingParams, mass: float | None) -> int:
-    """Return how many of the largest logits [K], largest first, top-p (of a mass, None: of theirs) and min-p keep."""
-    count = len(values)
-    weights = _weights(values, values[0], params.temperature)
-    if params.top_p < 1.0:
-        target = params.top_p * (weights.sum() if mass is None else mass)
-        count = min(count, _place(weights, target, side="left") + 1)
-    if params.min_p > 0.0:
-        count = min(count, int(np.searchsorted(-weights, -params.min_p * weights[0], side="right")))
-    return max(1, count)
-
-
-def _largest(logits: Floats, smallest: np.float32, count: int) -> Ids:
-    """Return the ids of the ``count`` largest logits, whose smallest is given."""
-    above = np.flatnonzero(logits > smallest)
-    equal = np.flatnonzero(logits == smallest)[: count - len(above)]
-    return np.sort(np.concatenate([above, equal]))
-
-
-def _weights(logits: Floats, peak: np.float32, temperature: float) -> Weights:
-    """Return weights relative to that of the peak, each exact to about a part in ten million."""
-    weights: Weights = np.exp((logits - peak) / np.float32(temperature)).astype(np.float64)
-    return weights
-
-
-def _place(weights: Weights, target: float, side: Literal["left", "right"] = "right") -> int:
-    """Return where the running sum of weights [K] reaches (left) or passes (right) a target, K - 1 at most."""
-    sums = np.cumsum(np.add.reduceat(weights, np.arange(0, len(weights), BLOCK)))
-    block = min(int(np.searchsorted(sums, target, side)), len(sums) - 1)
+def _place(weights: Weights, random: float) -> int:
+    """Return where the running sum of weights [K] passes random × total; never a weight of 0."""
+    sums = np.cumsum(np.add.reduceat(weights, np.arange(0, len(weights), BLOCK)), dtype=np.float64)
+    target = random * sums[-1]
+    block = min(int(np.searchsorted(sums, target, side="right")), len(sums) - 1)
     begun = sums[block - 1] if block else 0.0
-    running = begun + np.cumsum(weights[block * BLOCK : (block + 1) * BLOCK])
-    return min(block * BLOCK + int(np.searchsorted(running, target, side)), len(weights) - 1)
+    inside = weights[block * BLOCK : (block + 1) * BLOCK]
+    running = begun + np.cumsum(inside, dtype=np.float64)
+    place = int(np.searchsorted(running, target, side="right"))
+    if place == len(inside) or inside[place] == 0.0:  # where the two sums round apart
+        place = int(np.flatnonzero(inside)[-1])
+    return block * BLOCK + place

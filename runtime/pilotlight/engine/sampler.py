@@ -18,6 +18,11 @@ Floats = NDArray[np.float32]
 Ids = NDArray[np.int64]
 
 
+MASK = 0xFFFFFFFFFFFFFFFF
+TRIAL = 0xD1342543DE82EF95
+"""Between the streams of a token's trials; odd, so that they all differ."""
+
+
 class SamplingRow:
     """One sequence's sampling state: its parameters, how many tokens it has drawn, and what it has seen."""
 
@@ -66,6 +71,10 @@ class SamplingRow:
         if self.grammar is not None:
             np.copyto(logits, -np.inf, where=self.grammar.banned)
 
+    def random(self, trial: int) -> float:
+        """Return the random number of the next token's n-th trial."""
+        return uniform_at(self.params.seed + trial * TRIAL, self.num_drawn)
+
     def commit(self, token_id: int) -> None:
         self.num_drawn += 1
         if self.grammar is not None:
@@ -80,27 +89,25 @@ def sample(logits: Floats, rows: Rows[SamplingRow]) -> Ids:
     for index, row in enumerate(rows):
         if row.adjusts:
             row.adjust(logits[index])
-    randoms = uniform([row.params.seed for row in rows], [row.num_drawn for row in rows])
     token_ids = np.empty(len(rows), np.int64)
-    for index, (row, random) in enumerate(zip(rows, randoms.tolist(), strict=True)):
+    for index, row in enumerate(rows):
         greedy = row.params.greedy
-        token_ids[index] = logits[index].argmax() if greedy else draw(logits[index], row.params, random)
+        token_ids[index] = logits[index].argmax() if greedy else draw(logits[index], row.params, row.random)
     for row, token_id in zip(rows, token_ids.tolist(), strict=True):
         row.commit(token_id)
     return token_ids
 
 
-def uniform(seeds: Rows[int], counters: Rows[int]) -> NDArray[np.float64]:
-    """Return the ``counter``-th random number in [0, 1) of each seed's stream.
+def uniform_at(seed: int, counter: int) -> float:
+    """Return the ``counter``-th random number in [0, 1) of a seed's stream.
 
     Source: SplitMix64 (Steele, Lea and Flood 2014), whose n-th output is a hash of seed + n × the golden gamma.
     """
-    z = np.array([seed & 0xFFFFFFFFFFFFFFFF for seed in seeds], np.uint64)
-    z = _mix(z) + (np.array(counters, np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-    return (_mix(z) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    z = _mix(seed & MASK) + (counter + 1) * 0x9E3779B97F4A7C15 & MASK
+    return (_mix(z) >> 11) * 2.0**-53
 
 
-def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+def _mix(z: int) -> int:
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & MASK
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB & MASK
+    return z ^ (z >> 31)
