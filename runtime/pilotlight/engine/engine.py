@@ -114,6 +114,13 @@ class Engine:
         """Return the load as of the last step or message."""
         return self._signals
 
+    @property
+    def holds_anything(self) -> bool:
+        """Whether a sequence is here, or anything of one that has ended; for tests, on a closed engine."""
+        return bool(
+            len(self._scheduler) or self._sampling or self._states or self._compiling or self._prefill_started_at
+        )
+
     def _loop(self) -> None:
         while self._receive():
             self._timeline.enter("schedule")
