@@ -24,6 +24,10 @@ test: $(VENV)/ready  ## run the whole test suite
 soak: $(VENV)/ready  ## run the long fault runs, about ten minutes each
 	@$(BIN)/python -m pytest -m soak -s $(PYTEST_ARGS)
 
+clients: $(VENV)/ready  ## install the clients that the end-to-end tests run in an environment of their own
+	@test -x .venv-clients/bin/python || $(BIN)/python -m venv .venv-clients
+	@.venv-clients/bin/python -m pip --disable-pip-version-check --quiet install litellm mcp langchain-openai
+
 check: $(VENV)/ready  ## lint and types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .

@@ -96,6 +96,18 @@ class TestRendering:
         counting = template(source)
         assert [counting.render(HELLO), counting.render(HELLO * 2)] == ["1", "2"]
 
+    def test_operators_and_filters_work_as_they_do_elsewhere(self) -> None:
+        source = (
+            "{{ 'a' + 'b' }}{{ 'ab' * 2 }}{{ 2 ** 3 }}{{ '%s-%03d' % ('x', 7) }}{{ 1 ~ none ~ 'z' }}{{ 2 * 3 + 1 }}"
+            "{{ ['a', 'b'] | join(', ') }}{{ 'x'.join(['1', '2']) }}{{ 'aXa' | replace('X', 'y') }}"
+            "{{ 'aXa'.replace('X', 'y') }}{{ 'q' | center(3) }}{{ 'r'.rjust(2) }}{{ '%s' | format('f') }}"
+            "{{ 'p' | indent(2, true) }}{{ '{:>3}'.format(5) }}{{ ([1] + [2]) | length }}"
+            "{% macro twice(x) %}{{ x }}{{ x }}{% endmacro %}{{ twice('m') }}"
+            "{% for n in [1, 2] recursive %}{{ n }}{{ loop.last }}{% else %}none{% endfor %}"
+        )
+        expected = "ababab8x-0071Nonez7a, b1x2ayaaya q  rf  p  52mm1False2True"
+        assert template(source).render(HELLO) == expected
+
 
 class TestRefusals:
     @pytest.mark.parametrize(
@@ -120,6 +132,45 @@ class TestRefusals:
         assert caught.value.message.startswith("the chat template refused the messages: ")
         assert reason in caught.value.message
         assert "\n" not in caught.value.message
+
+    @pytest.mark.parametrize(
+        "source",
+        [
+            "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+            "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
+        ],
+    )
+    def test_a_rendering_that_takes_long_is_ended(self, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("pilotlight.text.chat_template.MAX_RENDER_S", 0.05)
+        with pytest.raises(InvalidRequest, match="it takes too long"):
+            template(source).render(HELLO)
+
+    @pytest.mark.parametrize(
+        "source",
+        [
+            "{{ 'x' * 10**12 }}",
+            "{{ 10**12 * 'x' }}",
+            "{{ 2 ** 99 ** 9 ** 9 }}",
+            "{% set ns = namespace(s='x') %}{% for n in range(99) %}{% set ns.s = ns.s + ns.s %}{% endfor %}",
+            "{% set ns = namespace(s='x') %}{% for n in range(99) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
+            "{% set ns = namespace(n=3) %}{% for n in range(99) %}{% set ns.n = ns.n * ns.n %}{% endfor %}",
+            "{{ '%999999999d' % 1 }}",
+            "{{ '%*d' % (999999999, 1) }}",
+            "{{ 'x'.ljust(10**9) }}",
+            "{{ 'x' | center(10**9) }}",
+            "{{ 'x' | indent(10**9) }}",
+            "{{ '{:999999999}'.format(1) }}",
+            "{{ '%999999999s' | format('x') }}",
+            "{{ ('x' * 99999) | replace('x', 'y' * 99999) }}",
+            "{{ ('x' * 99999).replace('x', 'y' * 99999) }}",
+            "{{ range(99999) | list | join('y' * 99999) }}",
+            "{{ ('y' * 99999).join(['x'] * 99999) }}",
+            "{{ messages | tojson(indent=10**9) }}",
+        ],
+    )
+    def test_no_value_grows_beyond_a_prompt(self, source: str) -> None:
+        with pytest.raises(InvalidRequest, match="too large"):
+            template(source).render(HELLO)
 
     def test_a_long_reason_is_cut(self) -> None:
         with pytest.raises(InvalidRequest) as caught:
@@ -190,6 +241,80 @@ def rendered_here(source: str, variables: Mapping[str, Any]) -> str | None:
 
 def without(variables: Mapping[str, Any], *names: str) -> dict[str, Any]:
     return {name: value for name, value in variables.items() if name not in names}
+
+
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": 'Tells the weather: <b>"now" & later</b>, für Zürich.',
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+CALLED = {"id": "abc123xyz", "type": "function", "function": {"name": "get_weather", "arguments": {"city": "Zürich"}}}
+USER = {"role": "user", "content": "Hi <|x|> {{ 1 }} 世界"}
+EDGES: dict[str, dict[str, Any]] = {
+    "empty": {"messages": [], "add_generation_prompt": True},
+    "one": {"messages": [USER], "add_generation_prompt": True},
+    "spaces": {"messages": [{"role": "user", "content": "  \n hi \n "}], "add_generation_prompt": True},
+    "turns": {
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            USER,
+            {"role": "assistant", "content": "<think>\nhm\n</think>\n\nHello."},
+            {"role": "user", "content": ""},
+        ],
+        "add_generation_prompt": True,
+    },
+    "wrong order": {
+        "messages": [{"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}],
+        "add_generation_prompt": True,
+    },
+    "unknown role": {"messages": [{"role": "critic", "content": "a"}], "add_generation_prompt": True},
+    "developer": {"messages": [{"role": "developer", "content": "a"}, USER], "add_generation_prompt": True},
+    "tools": {"messages": [USER], "tools": [TOOL], "add_generation_prompt": True},
+    "tools and system": {
+        "messages": [{"role": "system", "content": "Be brief."}, USER],
+        "tools": [TOOL, TOOL],
+        "add_generation_prompt": True,
+    },
+    "calls": {
+        "messages": [
+            USER,
+            {"role": "assistant", "content": "", "tool_calls": [CALLED]},
+            {"role": "tool", "tool_call_id": "abc123xyz", "name": "get_weather", "content": '{"sky": "grey"}'},
+            {"role": "assistant", "content": "Grey."},
+            USER,
+        ],
+        "tools": [TOOL],
+        "add_generation_prompt": True,
+    },
+    "several results": {
+        "messages": [
+            USER,
+            {"role": "assistant", "content": None, "tool_calls": [CALLED, CALLED]},
+            {"role": "tool", "tool_call_id": "abc123xyz", "content": "a"},
+            {"role": "tool", "tool_call_id": "abc123xyz", "content": "b"},
+        ],
+        "tools": [TOOL],
+        "add_generation_prompt": True,
+    },
+    "thinking off": {"messages": [USER], "enable_thinking": False, "add_generation_prompt": True},
+    "parts": {
+        "messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}],
+        "add_generation_prompt": True,
+    },
+    "special tokens": {"messages": [USER], "bos_token": "<s>", "eos_token": "</s>", "add_generation_prompt": True},
+}
+
+
+@pytest.mark.parametrize("edge", EDGES)
+def test_real_templates_render_edge_cases_as_in_transformers(shared_data: Path, edge: str) -> None:
+    transformers = pytest.importorskip("transformers.utils.chat_template_utils")
+    sources = list(real_templates(shared_data / "chat_templates"))
+    rendered = [(name, rendered_here(source, EDGES[edge])) for name, source in sources]
+    render = transformers.render_jinja_template
+    assert rendered == [(name, rendered_by_transformers(render, source, EDGES[edge])) for name, source in sources]
 
 
 @pytest.mark.parametrize("context", ["minja_simple", "minja_system", "minja_tool_use"])

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 MAX_RENDERED_CHARS = 4 * 1024 * 1024
 MAX_REASON_CHARS = 300
+MAX_RENDER_S = 2.0
+"""A rendering takes about a millisecond; one that takes longer than this holds up everybody."""
 
 # What Python raises inside a template that meets messages of a shape it was not written for.
 _SHAPE_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
@@ -51,8 +53,11 @@ class ChatTemplate:
         usual = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": True}
         from jinja2 import TemplateError
 
+        from pilotlight.text.sandbox import time_limit
+
         try:
-            return _join(self._template.generate({**self._special_texts, **usual, **(variables or {})}))
+            with time_limit(MAX_RENDER_S):
+                return _join(self._template.generate({**self._special_texts, **usual, **(variables or {})}))
         except (TemplateError, *_SHAPE_ERRORS) as error:
             raise InvalidRequest("messages", f"the chat template refused the messages: {_one_line(error)}") from error
 

@@ -1,0 +1,237 @@
+"""The clients that app backends have, unmodified, against the real server and the demo model.
+
+litellm and langchain-openai want an older ``openai`` than the one that is tested here, so they run in an environment of
+their own, which ``make clients`` makes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from pydantic import BaseModel
+
+from pilotlight.artifact import Artifact
+from pilotlight.metering.ledger_reader import LedgerReader
+from pilotlight.request import FinishReason
+from support import ServerProcess, server_process
+
+pytestmark = [pytest.mark.e2e, pytest.mark.model]
+ROOT = Path(__file__).parents[2]
+OTHER_CLIENTS = ROOT / ".venv-clients" / "bin" / "python"
+MESSAGES: list[Any] = [{"role": "user", "content": "Hello!"}]
+TOOL: Any = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"enum": ["Bern", "Oslo"]}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
+            "required": ["city", "days"],
+            "additionalProperties": False,
+        },
+        "strict": True,
+    },
+}
+
+
+class Sum(BaseModel):
+    total: int
+    parts: tuple[bool, bool]
+
+
+@pytest.fixture(scope="module")
+def ledger(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("clients") / "usage.db"
+
+
+@pytest.fixture(scope="module")
+def server(demo_int4: Artifact, ledger: Path) -> Iterator[ServerProcess]:
+    with server_process(demo_int4.path, ledger) as server:
+        yield server
+
+
+@pytest.fixture
+def client(server: ServerProcess) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def test_openai_parses_structured_answers(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.parse(model="demo", messages=MESSAGES, response_format=Sum)
+    assert isinstance(answer.choices[0].message.parsed, Sum)
+    with client.chat.completions.stream(model="demo", messages=MESSAGES, response_format=Sum) as stream:
+        events = [event.type for event in stream]
+        parsed = stream.get_final_completion().choices[0].message.parsed
+    assert isinstance(parsed, Sum)
+    assert "content.delta" in events
+
+
+def test_openai_calls_tools(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(model="demo", messages=MESSAGES, tools=[TOOL], tool_choice="required")
+    (call, *_) = answer.choices[0].message.tool_calls or []
+    assert answer.choices[0].finish_reason == "tool_calls"
+    assert call.type == "function"
+    assert json.loads(call.function.arguments)["city"] in ("Bern", "Oslo")
+
+    named: Any = {"type": "function", "function": {"name": "get_weather"}}
+    with client.chat.completions.stream(model="demo", messages=MESSAGES, tools=[TOOL], tool_choice=named) as stream:
+        deltas = [event.arguments_delta for event in stream if event.type == "tool_calls.function.arguments.delta"]
+        (final,) = stream.get_final_completion().choices[0].message.tool_calls or []
+    assert "".join(deltas) == final.function.arguments
+    assert json.loads(final.function.arguments).keys() == {"city", "days"}
+
+    history = [*MESSAGES, answer.choices[0].message, {"role": "tool", "tool_call_id": call.id, "content": "grey"}]
+    after = client.chat.completions.create(model="demo", messages=history, tools=[TOOL], max_tokens=5)
+    assert after.choices[0].finish_reason in ("stop", "length", "tool_calls")
+
+
+def test_openai_gets_choices_and_log_probabilities(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model="demo", messages=MESSAGES, n=3, logprobs=True, top_logprobs=2, max_tokens=4, temperature=1
+    )
+    assert [choice.index for choice in answer.choices] == [0, 1, 2]
+    for choice in answer.choices:
+        assert choice.logprobs is not None
+        assert choice.logprobs.content is not None
+        assert all(len(entry.top_logprobs) == 2 and entry.logprob <= 0 for entry in choice.logprobs.content)
+    extra = {"ignore_eos": True}
+    text = client.completions.create(model="demo", prompt="Once", logprobs=1, max_tokens=3, extra_body=extra)
+    assert text.choices[0].logprobs is not None
+    assert len(text.choices[0].logprobs.tokens or []) == 3
+
+
+def test_openai_asynchronously_many_at_once_and_cancelled(server: ServerProcess, ledger: Path) -> None:
+    async def scenario() -> str:
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+            answers = await asyncio.gather(
+                *(client.chat.completions.create(model="demo", messages=MESSAGES, max_tokens=5) for _ in range(6))
+            )
+            assert len({answer.choices[0].message.content for answer in answers}) == 1
+            extra = {"ignore_eos": True}
+            stream = await client.chat.completions.create(
+                model="demo", messages=MESSAGES, stream=True, max_tokens=400, extra_body=extra
+            )
+            async for chunk in stream:
+                await stream.close()
+                return chunk.id
+            raise AssertionError("nothing came")
+
+    left = asyncio.run(scenario())
+    with LedgerReader(ledger) as reader, openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+        while (record := reader.get(left)) is None:
+            client.models.list()
+    assert record.finish_reason is FinishReason.CANCELLED
+    assert record.completion_tokens < 400
+
+
+def test_openai_raises_what_belongs_to_a_status(client: openai.OpenAI) -> None:
+    schema: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"uniqueItems": True}}}
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.chat.completions.create(model="demo", messages=MESSAGES, response_format=schema)
+    assert refused.value.param == "response_format.json_schema.schema.uniqueItems"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("nobody")
+    with pytest.raises(openai.LengthFinishReasonError):
+        client.chat.completions.parse(model="demo", messages=MESSAGES, response_format=Sum, max_tokens=2)
+
+
+def test_openai_retries_until_there_is_room(server: ServerProcess) -> None:
+    """More at once than the queue holds: 503 with Retry-After, and the client comes back by itself."""
+
+    async def scenario() -> list[str | None]:
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=8) as client:
+            answers = await asyncio.gather(
+                *(
+                    client.chat.completions.create(model="demo", messages=MESSAGES, max_tokens=30, n=8)
+                    for _ in range(24)
+                )
+            )
+            return [answer.choices[0].finish_reason for answer in answers]
+
+    assert len(asyncio.run(scenario())) == 24
+
+
+def other_client(server: ServerProcess, script: str) -> dict[str, Any]:
+    if not OTHER_CLIENTS.exists():
+        pytest.skip(f"no environment with litellm and langchain-openai at {OTHER_CLIENTS}: make clients")
+    prelude = (
+        "import json, os\nos.environ['LITELLM_LOCAL_MODEL_COST_MAP'] = 'True'\n"
+        f"url = {f'{server.url}/v1'!r}\ntool = json.loads({json.dumps(json.dumps(TOOL))})\n"
+        f"messages = {MESSAGES!r}\n"
+    )
+    done = subprocess.run([str(OTHER_CLIENTS), "-c", prelude + script], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+LITELLM = """
+import asyncio, litellm
+common = dict(model="openai/demo", api_base=url, api_key="none", messages=messages, num_retries=0)
+whole = litellm.completion(**common, max_tokens=8)
+chunks = list(litellm.completion(**common, max_tokens=8, stream=True))
+text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+called = litellm.completion(**common, tools=[tool], tool_choice="required", parallel_tool_calls=False)
+schema = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"], "additionalProperties": False}
+wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}
+held = litellm.completion(**common, response_format=wanted)
+later = asyncio.run(litellm.acompletion(**common, max_tokens=8))
+try:
+    litellm.completion(**{**common, "model": "openai/nobody"})
+    error = None
+except litellm.NotFoundError as caught:
+    error = caught.status_code
+print(json.dumps({
+    "whole": whole.choices[0].message.content, "streamed": text, "later": later.choices[0].message.content,
+    "call": json.loads(called.choices[0].message.tool_calls[0].function.arguments),
+    "held": json.loads(held.choices[0].message.content), "error": error, "tokens": whole.usage.completion_tokens,
+}))
+"""
+
+LANGCHAIN = """
+from pydantic import BaseModel
+from langchain_openai import ChatOpenAI
+import openai
+class Answer(BaseModel):
+    yes: bool
+model = ChatOpenAI(model="demo", base_url=url, api_key="none", max_retries=0, max_tokens=200)
+whole = model.invoke("Hello!")
+streamed = "".join(chunk.content for chunk in model.stream("Hello!"))
+called = model.bind_tools([tool], tool_choice="get_weather").invoke("Hello!")
+by_schema = model.with_structured_output(Answer, method="json_schema").invoke("Hello!")
+by_call = model.with_structured_output(Answer, method="function_calling", strict=True).invoke("Hello!")
+try:
+    ChatOpenAI(model="nobody", base_url=url, api_key="none", max_retries=0).invoke("Hello!")
+    error = None
+except openai.NotFoundError as caught:
+    error = caught.status_code
+print(json.dumps({
+    "whole": whole.content, "streamed": streamed, "call": called.tool_calls[0]["args"], "error": error,
+    "kinds": [type(by_schema).__name__, type(by_call).__name__], "tokens": whole.usage_metadata["output_tokens"],
+}))
+"""
+
+
+def test_litellm(server: ServerProcess) -> None:
+    found = other_client(server, LITELLM)
+    assert found["whole"] == found["streamed"] == found["later"]
+    assert found["call"].keys() == {"city", "days"}
+    assert found["held"].keys() == {"a"}
+    assert found["error"] == 404
+    assert found["tokens"] > 0
+
+
+def test_langchain(server: ServerProcess) -> None:
+    found = other_client(server, LANGCHAIN)
+    assert found["whole"] == found["streamed"]
+    assert found["call"].keys() == {"city", "days"}
+    assert found["kinds"] == ["Answer", "Answer"]
+    assert found["error"] == 404
+    assert found["tokens"] > 0
