@@ -47,6 +47,8 @@ COMMANDS = {
     "verify": "Compare an artifact with its source again.",
     "evaluate": "Find the smallest artifact that is good enough.",
     "inspect": "Describe an artifact and verify its checksums.",
+    "ps": "Show the functions of a running server.",
+    "swap": "Serve another artifact under a function's name.",
     "bench": "Measure an artifact's speed, and where the time of a step goes.",
     "usage": "Show what was used and what it cost.",
     "keys": "Make, list, end and renew API keys.",

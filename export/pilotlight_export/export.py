@@ -13,6 +13,7 @@ from pilotlight_export.fuse import fuse
 from pilotlight_export.kv_cache import Scales, measure_kv_scales, write_kv_scales
 from pilotlight_export.lower import lower
 from pilotlight_export.pack import copy_texts, seal
+from pilotlight_export.probe import NUM_PROMPT_TOKENS, record_probe
 from pilotlight_export.progress import Progress
 from pilotlight_export.recipes import EXACT, Recipe, choose_recipe
 from pilotlight_export.source import Source, open_source
@@ -118,7 +119,8 @@ def _build(
         figures |= verify_fidelity(source, exact, artifact, verified.passages, max_kl, progress)
     with progress.stage("Pack"):
         copy_texts(source, artifact)
-        return seal(source, recipe, figures, artifact)
+        probe = record_probe(artifact, source.shapes, source.special_tokens, prompts.prose(NUM_PROMPT_TOKENS))
+        return seal(source, recipe, figures, probe, artifact)
 
 
 def _measure_cache(source: Source, exact: Path, verified: Verified, prompts: Prompts, progress: Progress) -> Scales:

@@ -16,6 +16,7 @@ from pilotlight.artifact import (
     FileEntry,
     KvLayout,
     Manifest,
+    Probe,
     sha256_of,
 )
 from pilotlight_export.config import read_optional_json
@@ -49,7 +50,7 @@ def read_chat_template(model_dir: Path) -> str | None:
     return found
 
 
-def seal(source: Source, recipe: Recipe, verification: Figures, directory: Path) -> Manifest:
+def seal(source: Source, recipe: Recipe, verification: Figures, probe: Probe, directory: Path) -> Manifest:
     """Write the report, and the manifest over all files in the directory; nothing may change after this."""
     manifest = Manifest(
         format_version=FORMAT_VERSION,
@@ -64,6 +65,7 @@ def seal(source: Source, recipe: Recipe, verification: Figures, directory: Path)
         verification=verification,
         files={path.name: _entry(path) for path in sorted(directory.iterdir())},
         tools={name: importlib.metadata.version(name) for name in TOOLS},
+        probe=probe,
     )
     (directory / REPORT).write_text(report(manifest), encoding="utf-8")
     manifest.files[REPORT] = _entry(directory / REPORT)

@@ -40,7 +40,8 @@ from msgspec import Meta
 
 from pilotlight.errors import ArtifactError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""2 has ``probe`` in the manifest. Older ones are read as they are."""
 MANIFEST = "manifest.json"
 GRAPH = "model.onnx"
 WEIGHTS = "model.onnx.data"
@@ -102,6 +103,16 @@ class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     size_bytes: int
 
 
+class Probe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the artifact answers, greedily, to a fixed prompt, so that whoever loads it can tell that it still does.
+
+    ``token_ids`` ends before the first near tie, where another processor may round another way; it may be empty.
+    """
+
+    prompt_ids: list[int]
+    token_ids: list[int]
+
+
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Everything that is known about an artifact; its own digest names the artifact."""
 
@@ -117,6 +128,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     verification: dict[str, str | int | float | bool]
     files: dict[str, FileEntry]
     tools: dict[str, str]
+    probe: Probe | None = None
 
     @property
     def stages_prompts(self) -> bool:

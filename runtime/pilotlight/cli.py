@@ -17,6 +17,8 @@ COMMANDS = {
     "verify": "exporter",
     "evaluate": "exporter",
     "inspect": "inspect",
+    "ps": "operate",
+    "swap": "operate",
     "bench": "bench",
     "usage": "usage",
     "keys": "keys",

@@ -7,6 +7,7 @@
     ├── RequestError                 the client can mend it: 4xx
     │   ├── InvalidRequest           400, names the parameter
     │   ├── ContextLengthExceeded    400
+    │   ├── SwapFailed               409
     │   ├── InvalidKey               401
     │   ├── NotPermitted             403
     │   ├── FunctionNotFound         404
@@ -164,6 +165,13 @@ class BodyTooLarge(RequestError):
 
     def __init__(self, max_bytes: int) -> None:
         super().__init__(f"the request body is larger than {max_bytes:,} bytes")
+
+
+class SwapFailed(RequestError):
+    """Another artifact could not take over; the function goes on as it was."""
+
+    status = 409
+    code = "swap_failed"
 
 
 class InvalidKey(RequestError):

@@ -18,8 +18,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pilotlight import __version__
 from pilotlight.api import errors
+from pilotlight.api.admin import Admin, Control
 from pilotlight.api.anthropic_messages import Messages
 from pilotlight.api.auth import Doorkeeper, caller_of
+from pilotlight.api.catalogue import catalogue_of
 from pilotlight.api.docs_page import SECURITY_POLICY, page
 from pilotlight.api.endpoint import ANY, GENERATION, Endpoint, routes
 from pilotlight.api.idempotency import KeptAnswers
@@ -76,11 +78,13 @@ class Api:
         responses: ResponseStore,
         keyring: Keyring | None = None,
         kept_answers: KeptAnswers | None = None,
+        control: Control | None = None,
     ) -> None:
         self._intake = Intake(functions, max_body_bytes, kept_answers)
         self._messages = Messages(self._intake)
         self._responses = Responses(self._intake, responses)
-        self._functions = functions
+        self._functions = catalogue_of(functions)
+        self._admin = Admin(self._intake, control) if control is not None else None
         self._ledger = ledger
         self._metrics = metrics
         self._keyring = keyring
@@ -100,6 +104,7 @@ class Api:
 
     def endpoints(self) -> list[Endpoint]:
         return [
+            *(self._admin.endpoints() if self._admin is not None else ()),
             Endpoint(
                 "POST",
                 "/v1/chat/completions",
@@ -200,7 +205,7 @@ class Api:
 
     async def cancel(self, request: Request) -> Response:
         request_id = request.path_params["request_id"]
-        running = [function.running(request_id) for function in self._functions.values()]
+        running = [function.running(request_id) for function in self._functions.versions()]
         found = [i for i in running if i is not None and caller_of(request).may_see(i.request.key_id)]
         if not found:
             raise RequestNotFound(f"no request {request_id!r} is running")

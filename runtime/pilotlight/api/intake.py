@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from functools import partial
 
@@ -11,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from pilotlight.api.auth import Caller, caller_of
+from pilotlight.api.catalogue import catalogue_of
 from pilotlight.api.idempotency import KeptAnswers, Making, Repeatable
 from pilotlight.api.sse import COMMENT, EventStream, cancelled_on_disconnect
 from pilotlight.api.wire import SamplingBody
@@ -20,6 +22,9 @@ from pilotlight.function import Request as FunctionRequest
 from pilotlight.metering.record import UsageRecord
 from pilotlight.request import FinishReason
 
+TIMEOUT_HEADER = "x-request-timeout-ms"
+MAX_TIMEOUT_MS = 86_400_000
+
 
 class Intake:
     """Reads bodies up to their limit, finds functions by name, and ties an invocation to its client's connection."""
@@ -27,7 +32,7 @@ class Intake:
     def __init__(
         self, functions: Mapping[str, Function], max_body_bytes: int, kept_answers: KeptAnswers | None = None
     ) -> None:
-        self.functions = functions
+        self.functions = catalogue_of(functions)
         self._kept_answers = kept_answers
         self._max_body_bytes = max_body_bytes
 
@@ -62,9 +67,10 @@ class Intake:
         What may be asked for twice is answered from what is kept, or made so that it is kept.
         """
         caller = caller_of(request)
-        deadline_at = getattr(request.state, "deadline_at", None)
+        deadline_at = _deadline_at(request)
         whose = dataclasses.replace(asked, deadline_at=deadline_at, tenant=caller.tenant, key_id=caller.key_id)
-        function = self.function(body.model, caller)
+        self.function(body.model, caller)
+        function = await self.functions.choose(body.model)
         if (repeatable := self._repeatable(request, body.stream)) is not None:
             answers, asked_again = repeatable
             claimed = dataclasses.replace(whose, claim=asked_again.claim)
@@ -102,6 +108,22 @@ def completed(invocation: Invocation) -> UsageRecord:
     if invocation.record.finish_reason is FinishReason.CANCELLED:
         raise RequestCancelled
     return invocation.record
+
+
+def _deadline_at(request: Request) -> float | None:
+    """Return when the answer has to end: as the platform says, or the client in ``x-request-timeout-ms``.
+
+    Raises:
+        InvalidRequest: the header is not a number of milliseconds.
+    """
+    of_platform: float | None = getattr(request.state, "deadline_at", None)
+    given = request.headers.get(TIMEOUT_HEADER)
+    if given is None:
+        return of_platform
+    if not given.isdecimal() or not 0 < int(given) <= MAX_TIMEOUT_MS:
+        raise InvalidRequest(TIMEOUT_HEADER, f"{TIMEOUT_HEADER}: expected milliseconds, from 1 to {MAX_TIMEOUT_MS}")
+    of_client = time.monotonic() + int(given) / 1000
+    return of_client if of_platform is None else min(of_client, of_platform)
 
 
 def request_id_of(request: Request) -> str:

@@ -19,6 +19,7 @@ from pilotlight.function import Invocation
 DONE = b"data: [DONE]\n\n"
 COMMENT = b": ping\n\n"
 PING_AFTER_S = 15.0
+PING_BEFORE_FIRST_TOKEN_S = 1.0
 """Proxies close connections on which nothing happens; while nothing is generated, a ping does."""
 
 _encoder = msgspec.json.Encoder()
@@ -87,8 +88,10 @@ class EventStream(Response):
 
     async def _keep_alive(self, send: Send) -> None:
         while True:
-            await asyncio.sleep(PING_AFTER_S)
-            if time.monotonic() - self._sent_at >= PING_AFTER_S:
+            # A start may take long, and clients and proxies give up on a connection that says nothing.
+            pause_s = PING_AFTER_S if self._invocation.num_delivered_tokens else PING_BEFORE_FIRST_TOKEN_S
+            await asyncio.sleep(pause_s)
+            if time.monotonic() - self._sent_at >= pause_s:
                 await self._send(send, self._ping)
 
     async def _send(self, send: Send, body: bytes) -> None:

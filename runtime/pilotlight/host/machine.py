@@ -77,6 +77,12 @@ class Machine:
         """Say whether so much could be taken now without anybody leaving."""
         return num_bytes <= min(self.budget_bytes - self.taken_bytes, self._free_bytes())
 
+    def has_room(self, num_bytes: int, beside: Tenant) -> bool:
+        """Say whether so much could be taken if everybody idle but ``beside`` left."""
+        missing_bytes = num_bytes - min(self.budget_bytes - self.taken_bytes, self._free_bytes())
+        idle = [one for tenant in self._tenants if tenant is not beside for one in tenant.idle()]
+        return evictions(missing_bytes, idle) is not None
+
     def release(self, name: str) -> None:
         """Give back what a process took; others may act on it."""
         self._leaving.discard(name)

@@ -92,7 +92,8 @@ class Pool:
         self._retry_at = 0.0
         self._cause = ""
         self._template = TemplateHandle(f"{settings.name}-template")
-        self._closing = False
+        self._closing = self._resting = False
+        self._changed = asyncio.Event()
         self._empty = asyncio.Event()
         self._empty.set()
         machine.join(self)
@@ -187,6 +188,39 @@ class Pool:
         """Why the last start failed, or nothing."""
         return self._cause
 
+    @property
+    def num_queued_tokens(self) -> int:
+        return self._queue.num_tokens
+
+    @property
+    def replica_bytes(self) -> int:
+        """What one replica may come to need."""
+        return estimated_bytes(self.settings.weights_bytes, self.settings.kv_bytes, self._measured_bytes)
+
+    async def started(self) -> None:
+        """Have one replica started, if there is none, and wait for it.
+
+        Raises:
+            StartFailed: it could not be.
+        """
+        self.hold(max(1, self._floor))
+        while not self.ready:
+            if self._cause:
+                raise StartFailed(self._cause)
+            self._changed.clear()
+            await self._changed.wait()
+
+    async def rest(self) -> None:
+        """Let all replicas go, and the template, and wait until their memory is free."""
+        self._floor = 0
+        self._resting = True
+        self._drop_template()
+        for replica in self.ready:
+            if not replica.entries:
+                self._let_go(replica)
+        await self._empty.wait()
+        self._resting = False
+
     def hold(self, num_replicas: int) -> None:
         """Keep at least so many replicas, whatever the load."""
         self._floor = num_replicas
@@ -222,7 +256,7 @@ class Pool:
     def act(self) -> None:
         """Send what waits to where there is a place, and have the right number of replicas."""
         self._dispatch()
-        if not self._closing:
+        if not self._closing and not self._resting:
             self._scale()
 
     def idle(self) -> list[Idle]:
@@ -400,7 +434,7 @@ class Pool:
         """Start one more replica, if there is memory for it."""
         settings = self.settings
         replica_id = f"{settings.name}-{secrets.token_hex(4)}"
-        num_bytes = estimated_bytes(settings.weights_bytes, settings.kv_bytes, self._measured_bytes)
+        num_bytes = self.replica_bytes
         room = self._machine.take(replica_id, num_bytes)
         if room is Room.NEVER and not self.replicas:
             self._start_failed(
@@ -426,6 +460,7 @@ class Pool:
     def _started(self, replica: Replica, message: Started) -> None:
         now = self._clock()
         replica.ready(message, now)
+        self._changed.set()
         self._num_failures = self._num_killed_starts = 0
         self._cause = ""
         self.measures.started(now - replica.asked_at)
@@ -438,6 +473,7 @@ class Pool:
 
     def _start_failed(self, cause: str) -> None:
         """Tell all who wait why, and let some time pass before the next try."""
+        self._changed.set()
         logger.error("%s: a replica could not start: %s", self.settings.name, cause)
         self._cause = cause
         back_off_s = min(MAX_BACK_OFF_S, 2.0**self._num_failures)

@@ -20,11 +20,12 @@ from pilotlight.config import LOOPBACK, FunctionSettings, HostSettings, Settings
 from pilotlight.errors import ConfigError
 from pilotlight.function import Function
 from pilotlight.host.courier import Courier
+from pilotlight.host.deployments import Deployments, Version
 from pilotlight.host.launcher import ZygoteLauncher
 from pilotlight.host.machine import Machine
-from pilotlight.host.pool import Pool
 from pilotlight.host.pooled import Surroundings, cache_dir, open_pooled
 from pilotlight.host.replica_meter import Rate, ReplicaMeter, Seen
+from pilotlight.host.swap import HostControl
 from pilotlight.host.verified import Verified
 from pilotlight.metering.keyring import Keyring
 from pilotlight.metering.ledger import Ledger
@@ -63,26 +64,27 @@ async def _serve(settings: Settings, on_ready: OnReady) -> None:
         machine = Machine(host.memory_budget_mb * 1_000_000)
         launcher = ZygoteLauncher()
         around = Surroundings(host, ledger, metrics, launcher, machine, Verified(cache_dir(host)))
-        functions: dict[str, Function] = {}
+        functions = Deployments()
+        control = HostControl(functions, around, launcher)
         ticks: asyncio.Task[None] | None = None
         kept_answers = _kept_answers(host, ledger)
         meter = ReplicaMeter(ledger)
         clerks: list[asyncio.Task[None]] = []
         try:
             for name, of_function in settings.functions.items():
-                functions[name], pool = open_pooled(name, of_function, around)
+                function, pool = open_pooled(name, of_function, around)
+                functions.add(name, Version(of_function, function, pool))
                 pool.act()
-                _meter_replicas(meter, name, of_function, functions[name], pool)
+                _meter_replicas(meter, name, of_function, functions)
             metrics.watch(functions)
-            app = Api(functions, ledger, metrics, host.max_body_bytes, responses, keyring, kept_answers).app()
+            app = Api(functions, ledger, metrics, host.max_body_bytes, responses, keyring, kept_answers, control).app()
             launcher.start()
             ticks = asyncio.create_task(machine.run())
             clerks = await _clerks(settings, functions, ledger, meter)
             on_ready(_url(listener, settings.host.address), functions)
             await _Server(app, functions, settings.host.drain_timeout_s).serve(sockets=[listener])
         finally:
-            for function in functions.values():
-                await function.close()
+            await functions.close()
             await kept_answers.close()
             await meter.write()
             for task in clerks:
@@ -93,7 +95,7 @@ async def _serve(settings: Settings, on_ready: OnReady) -> None:
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, app: object, functions: Mapping[str, Function], drain_timeout_s: float) -> None:
+    def __init__(self, app: object, functions: Deployments, drain_timeout_s: float) -> None:
         super().__init__(
             uvicorn.Config(
                 app,  # type: ignore[arg-type]
@@ -117,7 +119,7 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Let running streams finish for a while and end the others, while uvicorn waits for their connections."""
-        drains = asyncio.gather(*(function.drain(self._drain_timeout_s) for function in self._functions.values()))
+        drains = asyncio.gather(*(function.drain(self._drain_timeout_s) for function in self._functions.versions()))
         await super().shutdown(sockets)
         await drains
 
@@ -135,11 +137,12 @@ async def _clerks(
     return clerks
 
 
-def _meter_replicas(meter: ReplicaMeter, name: str, settings: FunctionSettings, function: Function, pool: Pool) -> None:
+def _meter_replicas(meter: ReplicaMeter, name: str, settings: FunctionSettings, functions: Deployments) -> None:
     cost = micros_per_hour(settings.replica_cost_per_hour, f"functions.{name}.replica_cost_per_hour")
     if cost:
-        rate = Rate(name, function.prices.tables[-1].currency, cost)
-        meter.watch(rate, lambda: [Seen(replica.id, bool(replica.entries)) for replica in pool.replicas.values()])
+        deployment = functions.deployment(name)
+        rate = Rate(name, functions[name].prices.tables[-1].currency, cost)
+        meter.watch(rate, lambda: [Seen(replica.id, bool(replica.entries)) for replica in deployment.replicas])
 
 
 def _signer(host: HostSettings) -> Signer | None:
