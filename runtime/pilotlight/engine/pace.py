@@ -95,6 +95,8 @@ class Pace:
         return min(max_chunk_tokens, max(CHUNK_QUANTUM_TOKENS, fits))
 
     def _move_crossing(self, num_rows: int) -> None:
+        if not self.has_batch_graph or num_rows not in (self.min_batch_rows - 1, self.min_batch_rows):
+            return
         main, batch = self._decode[DecodeGraph.MAIN, num_rows], self._decode[DecodeGraph.BATCH, num_rows]
         if min(main.count, batch.count) < MIN_PROBES:
             return
