@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
-import numpy as np
 import pytest
 
 from pilotlight.artifact import Artifact, open_artifact
 from pilotlight.engine.fake import FakeSession
-from pilotlight.engine.pace import DecodeGraph
-from pilotlight.engine.session import Logits
-from support import CHATML, EOS_ID, VOCAB_SIZE, Serving, events, serving, toy_tokenizer, write_artifact
+from scripted import HERMES, Scripted
+from support import VOCAB_SIZE, Serving, events, serving, toy_tokenizer, write_artifact
 
 WEATHER = {
     "type": "function",
@@ -36,33 +34,7 @@ WEATHER = {
     },
 }
 TIME = {"type": "function", "function": {"name": "get_time"}}
-HERMES = CHATML + "{% if tools %}{{ tools | tojson }} <tool_call>{% endif %}"
 CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Bern", "days": 2}}\n</tool_call>'
-
-
-class Scripted(FakeSession):
-    """Writes one text after any prompt, and then ends."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(VOCAB_SIZE, max_context_tokens=2048)
-        self._script = [*toy_tokenizer().encode(text).ids, EOS_ID]
-        self._starts: dict[int, int] = {}
-
-    def prefill(self, slot: int, token_ids: Any, past_tokens: int) -> Logits:
-        super().prefill(slot, token_ids, past_tokens)
-        self._starts[slot] = past_tokens + len(token_ids)
-        return self._written([slot])
-
-    def decode(self, token_ids: Any, past_tokens: Any, graph: DecodeGraph = DecodeGraph.MAIN) -> Logits:
-        super().decode(token_ids, past_tokens, graph)
-        return self._written(list(range(len(token_ids))))
-
-    def _written(self, slots: list[int]) -> Logits:
-        logits = np.zeros((len(slots), VOCAB_SIZE), np.float32)
-        for row, slot in enumerate(slots):
-            place = min(len(self.slots[slot]) - self._starts[slot], len(self._script) - 1)
-            logits[row, self._script[place]] = 100.0
-        return logits
 
 
 @pytest.fixture(scope="module")

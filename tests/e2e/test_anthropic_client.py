@@ -9,7 +9,7 @@ from pathlib import Path
 import anthropic
 import httpx
 import pytest
-from anthropic.types import MessageParam, TextBlock
+from anthropic.types import MessageParam, TextBlock, ToolParam, ToolUseBlock
 
 from corpus import held_out_turns
 from pilotlight.artifact import Artifact
@@ -85,6 +85,35 @@ def test_a_stop_sequence_and_a_limit_are_told_apart(client: anthropic.Anthropic)
     assert (cut.stop_reason, cut.usage.output_tokens) == ("max_tokens", 3)
     stopped = client.messages.create(model="demo", max_tokens=200, stop_sequences=["."], messages=user(question))
     assert (stopped.stop_reason, stopped.stop_sequence) == ("stop_sequence", ".")
+
+
+ADD: ToolParam = {
+    "name": "add",
+    "description": "Adds two numbers.",
+    "input_schema": {
+        "type": "object",
+        "properties": {"left": {"type": "integer", "minimum": 0, "maximum": 99}},
+        "required": ["left"],
+        "additionalProperties": False,
+    },
+}
+
+
+def test_it_gets_the_calls_that_it_demands(client: anthropic.Anthropic) -> None:
+    whole = client.messages.create(
+        model="demo", max_tokens=100, messages=user("3 + 4?"), tools=[ADD], tool_choice={"type": "tool", "name": "add"}
+    )
+    with client.messages.stream(
+        model="demo", max_tokens=100, messages=user("3 + 4?"), tools=[ADD], tool_choice={"type": "tool", "name": "add"}
+    ) as stream:
+        streamed = stream.get_final_message()
+    for message in (whole, streamed):
+        assert message.stop_reason == "tool_use"
+        (block,) = message.content
+        assert isinstance(block, ToolUseBlock)
+        assert 0 <= int(str(block.input["left"])) <= 99
+    counted = client.messages.count_tokens(model="demo", messages=user("3 + 4?"), tools=[ADD])
+    assert counted.input_tokens == whole.usage.input_tokens
 
 
 def test_it_understands_our_errors(client: anthropic.Anthropic) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import httpx
 import openai
+import pydantic
 import pytest
 from openai.types.responses import Response, ResponseCompletedEvent
 
@@ -95,6 +96,38 @@ def test_a_limit_makes_an_answer_incomplete(client: openai.OpenAI) -> None:
     assert answer.incomplete_details.reason == "max_output_tokens"
     assert answer.usage is not None
     assert answer.usage.output_tokens == 3
+
+
+class Sum(pydantic.BaseModel):
+    left: int = pydantic.Field(ge=0, le=99)
+    right: int = pydantic.Field(ge=0, le=99)
+
+
+def test_it_parses_structured_answers(client: openai.OpenAI) -> None:
+    answer = client.responses.parse(model="demo", input="What is 3 + 4?", text_format=Sum)
+    assert isinstance(answer.output_parsed, Sum)
+
+
+def test_it_gets_the_calls_that_it_demands(client: openai.OpenAI) -> None:
+    tool = openai.pydantic_function_tool(Sum, name="add")["function"]
+    with client.responses.stream(
+        model="demo",
+        input="What is 3 + 4?",
+        tools=[{"type": "function", "name": "add", "parameters": tool["parameters"], "strict": True}],
+        tool_choice="required",
+        parallel_tool_calls=False,
+    ) as stream:
+        final = stream.get_final_response()
+    (call,) = final.output
+    assert call.type == "function_call"
+    Sum.model_validate_json(call.arguments)
+    after = client.responses.create(
+        model="demo",
+        previous_response_id=final.id,
+        input=[{"type": "function_call_output", "call_id": call.call_id, "output": "7"}],
+        max_output_tokens=20,
+    )
+    assert after.status in ("completed", "incomplete")
 
 
 def test_it_understands_our_errors(client: openai.OpenAI) -> None:

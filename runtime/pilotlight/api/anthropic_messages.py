@@ -10,8 +10,11 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from pilotlight.answer import Delta
 from pilotlight.api.anthropic_errors import error_event
 from pilotlight.api.anthropic_types import (
+    AnyChoice,
+    AutoChoice,
     BlockDelta,
     BlockStart,
     BlockStop,
@@ -19,12 +22,15 @@ from pilotlight.api.anthropic_types import (
     CountTokensBody,
     Event,
     Headers,
+    InputJsonDelta,
     MessageDelta,
     MessageObject,
     MessagesBody,
     MessageStart,
     MessageStop,
     MessageUsage,
+    NoChoice,
+    OutputConfig,
     Ping,
     StopDelta,
     StopReason,
@@ -32,6 +38,7 @@ from pilotlight.api.anthropic_types import (
     TextBlock,
     TextBlockDelta,
     TokenCount,
+    ToolNamed,
     ToolResultBlock,
     ToolUseBlock,
     Turn,
@@ -40,6 +47,7 @@ from pilotlight.api.auth import caller_of
 from pilotlight.api.endpoint import GENERATION, Endpoint
 from pilotlight.api.intake import Intake, completed, json_response, request_id_of
 from pilotlight.api.objects import metered
+from pilotlight.api.openai_tools import checked_use
 from pilotlight.api.sse import event_frame
 from pilotlight.api.wire import parse, parse_text
 from pilotlight.errors import InvalidRequest, PilotlightError
@@ -47,6 +55,8 @@ from pilotlight.function import Invocation
 from pilotlight.function import Request as FunctionRequest
 from pilotlight.metering.record import UsageRecord
 from pilotlight.request import FinishReason
+from pilotlight.text.grammar import json_schema_grammar
+from pilotlight.text.tool_syntax import Tool, ToolUse
 
 PING = event_frame(Ping())
 
@@ -113,6 +123,9 @@ def messages_request(body: MessagesBody, request_id: str) -> FunctionRequest:
         id=request_id,
         messages=messages,
         prefill=prefill,
+        tools=_tool_use(body),
+        grammar=_grammar(body.output_config),
+        grammar_param="output_config.format",
         max_new_tokens=body.max_tokens,
         stop_strings=tuple(body.stop_sequences or ()),
         ignore_eos=body.ignore_eos,
@@ -127,7 +140,7 @@ def counted_request(body: CountTokensBody, request_id: str) -> FunctionRequest:
         InvalidRequest: as ``messages_request``.
     """
     messages, prefill = _conversation(body.system, body.messages)
-    return FunctionRequest(id=request_id, messages=messages, prefill=prefill)
+    return FunctionRequest(id=request_id, messages=messages, prefill=prefill, tools=_tool_use(body))
 
 
 async def stream(invocation: Invocation, body: MessagesBody) -> AsyncIterator[bytes]:
@@ -141,7 +154,7 @@ async def stream(invocation: Invocation, body: MessagesBody) -> AsyncIterator[by
     blocks = _Blocks()
     try:
         async for delta in invocation:
-            for event in blocks.push(delta.text):
+            for event in blocks.push(delta):
                 yield event_frame(event)
         record = completed(invocation)
     except PilotlightError as error:
@@ -149,7 +162,7 @@ async def stream(invocation: Invocation, body: MessagesBody) -> AsyncIterator[by
         return
     for event in blocks.end():
         yield event_frame(event)
-    reason, sequence = _stop(record, body)
+    reason, sequence = _stop(record, body, calls_tools=blocks.num_calls > 0)
     yield event_frame(MessageDelta(StopDelta(reason, sequence), _usage(record)))
     yield event_frame(MessageStop())
 
@@ -162,10 +175,11 @@ async def whole(invocation: Invocation, body: MessagesBody) -> MessageObject:
         RequestCancelled: the invocation was cancelled.
         LedgerUnavailable: the usage record could not be written.
     """
-    text = "".join([delta.text async for delta in invocation])
+    (choice,) = await invocation.choices()
     record = completed(invocation)
-    reason, sequence = _stop(record, body)
-    content: list[TextBlock | ToolUseBlock] = [TextBlock(text)] if text else []
+    reason, sequence = _stop(record, body, calls_tools=bool(choice.tool_calls))
+    content: list[TextBlock | ToolUseBlock] = [TextBlock(choice.text)] if choice.text else []
+    content += [ToolUseBlock(call.id, call.name, _input(call.arguments)) for call in choice.tool_calls]
     return MessageObject(_message_id(invocation), body.model, content, _usage(record), reason, sequence)
 
 
@@ -173,24 +187,67 @@ class _Blocks:
     """The content blocks of a streamed message, one after the other; a block begins with its first character."""
 
     def __init__(self) -> None:
+        self.num_calls = 0
         self._num_ended = 0
-        self._is_open = False
+        self._open: TextBlock | ToolUseBlock | None = None
 
-    def push(self, text: str) -> list[Event]:
-        if not text:
-            return []
-        piece = BlockDelta(self._num_ended, TextBlockDelta(text))
-        if self._is_open:
-            return [piece]
-        self._is_open = True
-        return [BlockStart(self._num_ended, TextBlock("")), piece]
+    def push(self, delta: Delta) -> list[Event]:
+        events: list[Event] = []
+        if delta.text:
+            if not isinstance(self._open, TextBlock):
+                events += self._begin(TextBlock(""))
+            events.append(BlockDelta(self._num_ended, TextBlockDelta(delta.text)))
+        for part in delta.tool_calls:
+            if part.name is not None:
+                self.num_calls += 1
+                events += self._begin(ToolUseBlock(part.id or "", part.name, {}))
+            if part.arguments:
+                events.append(BlockDelta(self._num_ended, InputJsonDelta(part.arguments)))
+        return events
 
     def end(self) -> list[Event]:
-        if not self._is_open:
+        if self._open is None:
             return []
-        self._is_open = False
+        self._open = None
         self._num_ended += 1
         return [BlockStop(self._num_ended - 1)]
+
+    def _begin(self, block: TextBlock | ToolUseBlock) -> list[Event]:
+        events = self.end()
+        self._open = block
+        return [*events, BlockStart(self._num_ended, block)]
+
+
+def _tool_use(body: MessagesBody | CountTokensBody) -> ToolUse | None:
+    tools = [
+        Tool(tool.name, tool.description, tool.input_schema, f"tools[{index}]")
+        for index, tool in enumerate(body.tools or ())
+    ]
+    match body.tool_choice:
+        case None:
+            return checked_use(tools, "auto", None, parallel=True)
+        case NoChoice():
+            return checked_use(tools, "none", None, parallel=True)
+        case ToolNamed(name=name):
+            return checked_use(tools, "required", name, parallel=False)
+        case AutoChoice(disable_parallel_tool_use=alone):
+            return checked_use(tools, "auto", None, parallel=not alone)
+        case AnyChoice(disable_parallel_tool_use=alone):
+            return checked_use(tools, "required", None, parallel=not alone)
+
+
+def _grammar(config: OutputConfig | None) -> str | None:
+    if config is None or config.format is None:
+        return None
+    return json_schema_grammar(config.format.schema, "output_config.format.schema")
+
+
+def _input(arguments: str) -> dict[str, Any]:
+    """Return a call's arguments; those of a call that was cut off are no object, and then there are none."""
+    try:
+        return msgspec.json.decode(arguments, type=dict[str, Any])
+    except msgspec.DecodeError:
+        return {}
 
 
 def _conversation(system: Text | None, messages: list[Turn]) -> tuple[list[dict[str, Any]], str]:
@@ -231,8 +288,7 @@ def _tool_message(block: ToolResultBlock) -> dict[str, Any]:
 
 
 def _tool_call(block: ToolUseBlock) -> dict[str, Any]:
-    arguments = msgspec.json.encode(block.input).decode()
-    return {"id": block.id, "type": "function", "function": {"name": block.name, "arguments": arguments}}
+    return {"id": block.id, "type": "function", "function": {"name": block.name, "arguments": block.input}}
 
 
 def _only_text(message: Turn, param: str) -> str:
@@ -260,9 +316,11 @@ def _usage(record: UsageRecord) -> MessageUsage:
     return MessageUsage(num_new_tokens, record.completion_tokens, record.cached_tokens, 0, metered(record))
 
 
-def _stop(record: UsageRecord, body: MessagesBody) -> tuple[StopReason, str | None]:
+def _stop(record: UsageRecord, body: MessagesBody, *, calls_tools: bool) -> tuple[StopReason, str | None]:
     """Return why a message ended, as clients know it: a deadline is one more limit on the length."""
     if record.finish_reason is FinishReason.STOP:
+        if calls_tools and record.stop_detail is None:
+            return "tool_use", None
         return ("stop_sequence", record.stop_detail) if record.stop_detail is not None else ("end_turn", None)
     if record.finish_reason is FinishReason.LENGTH and record.completion_tokens < body.max_tokens:
         return "model_context_window_exceeded", None

@@ -12,6 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from pilotlight.api.objects import GenerationHeaders, Metered
+from pilotlight.api.openai_tools import MAX_TOOLS, Name
 from pilotlight.api.wire import Body, SamplingBody
 
 MAX_STOP_SEQUENCES = 16
@@ -76,15 +77,56 @@ class Turn(msgspec.Struct, frozen=True):
     content: str | list[InputBlock]
 
 
+class ToolDefinition(msgspec.Struct, frozen=True):
+    """A tool of the client's own; none runs here."""
+
+    name: Name
+    input_schema: dict[str, Any]
+    description: str | None = None
+    type: Literal["custom"] | None = None
+
+
+class AutoChoice(msgspec.Struct, frozen=True, tag="auto"):
+    disable_parallel_tool_use: bool = False
+
+
+class AnyChoice(msgspec.Struct, frozen=True, tag="any"):
+    disable_parallel_tool_use: bool = False
+
+
+class ToolNamed(msgspec.Struct, frozen=True, tag="tool"):
+    name: str
+    disable_parallel_tool_use: bool = False
+
+
+class NoChoice(msgspec.Struct, frozen=True, tag="none"):
+    pass
+
+
+Choice = AutoChoice | AnyChoice | ToolNamed | NoChoice
+ToolDefinitions = Annotated[list[ToolDefinition], Meta(max_length=MAX_TOOLS)]
+
+
+class SchemaFormat(msgspec.Struct, frozen=True):
+    """JSON that is valid under a schema."""
+
+    type: Literal["json_schema"]
+    schema: dict[str, Any]
+
+
+class OutputConfig(msgspec.Struct, frozen=True):
+    """``effort`` has no effect."""
+
+    format: SchemaFormat | None = None
+    effort: str | None = None
+
+
 IGNORED = frozenset(
     "cache_control container diagnostics inference_geo metadata service_tier speed user_profile_id workspace_id".split()
 )
 NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "mcp_servers": ([],),
-    "output_config": ({},),
     "thinking": ({"type": "disabled"},),
-    "tool_choice": ({"type": "auto"}, {"type": "none"}),
-    "tools": ([],),
 }
 
 
@@ -105,6 +147,9 @@ class MessagesBody(SamplingBody, frozen=True, kw_only=True):
     messages: Annotated[list[Turn], Meta(min_length=1)]
     max_tokens: Annotated[int, Meta(ge=1)]
     system: Text | None = None
+    tools: ToolDefinitions | None = None
+    tool_choice: Choice | None = None
+    output_config: OutputConfig | None = None
     stop_sequences: Annotated[list[Annotated[str, Meta(min_length=1)]], Meta(max_length=MAX_STOP_SEQUENCES)] | None = (
         None
     )
@@ -120,6 +165,9 @@ class CountTokensBody(Body, frozen=True, kw_only=True):
     model: str
     messages: Annotated[list[Turn], Meta(min_length=1)]
     system: Text | None = None
+    tools: ToolDefinitions | None = None
+    tool_choice: Choice | None = None
+    output_config: OutputConfig | None = None
 
 
 class TokenCount(msgspec.Struct, frozen=True):

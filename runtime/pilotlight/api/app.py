@@ -144,6 +144,7 @@ class Api:
                 self.usage,
                 "Return the usage record of a finished invocation",
                 answer=UsageRecord,
+                also=(RECEIPT_TYPE,),
                 refusals=(*ANY, RequestNotFound, LedgerUnavailable),
             ),
             Endpoint(

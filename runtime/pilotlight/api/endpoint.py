@@ -56,7 +56,7 @@ GENERATION = (
 class Endpoint:
     """One operation. ``answer`` is the type of its JSON body, or a media type; ``event`` that of a stream's frames.
 
-    ``query`` and ``headers`` are structs whose fields are the parameters there.
+    ``also`` are media types that an Accept header may ask for instead. ``query`` and ``headers`` are structs whose fields are the parameters there.
     """
 
     method: str
@@ -66,6 +66,7 @@ class Endpoint:
     answer: Any
     body: type[Body] | None = None
     event: Any = None
+    also: tuple[str, ...] = ()
     query: type[msgspec.Struct] | None = None
     headers: type[msgspec.Struct] | None = None
     refusals: tuple[type[PilotlightError], ...] = ANY

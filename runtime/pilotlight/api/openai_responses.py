@@ -17,9 +17,11 @@ from pilotlight.api.auth import Caller, caller_of
 from pilotlight.api.endpoint import ANY, GENERATION, Endpoint
 from pilotlight.api.intake import Intake, completed, json_response, request_id_of
 from pilotlight.api.objects import GenerationHeaders, metered
+from pilotlight.api.openai_tools import checked_use, template_calls
 from pilotlight.api.response_store import ResponseStore, StoredResponse
 from pilotlight.api.responses_output import Output
 from pilotlight.api.responses_types import (
+    CalledByName,
     DeletedResponse,
     Event,
     FunctionCall,
@@ -31,6 +33,8 @@ from pilotlight.api.responses_types import (
     InputTokensDetails,
     ItemList,
     ItemsQuery,
+    JsonObject,
+    JsonSchema,
     Numbered,
     OutputItem,
     OutputMessage,
@@ -46,6 +50,7 @@ from pilotlight.api.responses_types import (
     ResponsesBody,
     ResponseUsage,
     StoredQuery,
+    TextConfig,
 )
 from pilotlight.api.sse import event_frame
 from pilotlight.api.wire import parse, parse_text
@@ -54,6 +59,8 @@ from pilotlight.function import Invocation
 from pilotlight.function import Request as FunctionRequest
 from pilotlight.metering.record import UsageRecord
 from pilotlight.request import FinishReason
+from pilotlight.text.grammar import json_object_grammar, json_schema_grammar
+from pilotlight.text.tool_syntax import Tool, ToolUse
 
 STORED = (*ANY, ResponseNotFound, ResponseStoreUnavailable)
 Messages = list[dict[str, Any]]
@@ -162,6 +169,9 @@ def responses_request(body: ResponsesBody, messages: Messages, request_id: str) 
         id=request_id,
         messages=system + messages,
         prompt_name="input",
+        tools=_tool_use(body),
+        grammar=_grammar(body.text),
+        grammar_param="text.format",
         num_top_logprobs=(body.top_logprobs or 0) if wants_logprobs else None,
         max_new_tokens=body.max_output_tokens,
         ignore_eos=body.ignore_eos,
@@ -236,6 +246,9 @@ class Answer:
             store=body.store,
             temperature=body.temperature,
             text=body.text,
+            tools=body.tools,
+            tool_choice=body.tool_choice,
+            parallel_tool_calls=body.parallel_tool_calls,
             top_p=body.top_p,
         )
 
@@ -251,6 +264,25 @@ class Answer:
         if await self.store.put(self.owner, response.id, stored):
             return response
         return replace(response, store=False)
+
+
+def _tool_use(body: ResponsesBody) -> ToolUse | None:
+    tools = [
+        Tool(tool.name, tool.description, tool.parameters, f"tools[{index}]") for index, tool in enumerate(body.tools)
+    ]
+    if isinstance(body.tool_choice, CalledByName):
+        return checked_use(tools, "required", body.tool_choice.name, parallel=False)
+    return checked_use(tools, body.tool_choice, None, parallel=body.parallel_tool_calls)
+
+
+def _grammar(text: TextConfig) -> str | None:
+    match text.format:
+        case JsonObject():
+            return json_object_grammar()
+        case JsonSchema(schema=schema):
+            return json_schema_grammar(schema, "text.format.schema")
+        case _:
+            return None
 
 
 def _owner(caller: Caller) -> str:
@@ -271,8 +303,8 @@ def _messages(given: str | list[InputItem] | list[OutputItem]) -> Messages:
             if not messages or messages[-1]["role"] != "assistant":
                 messages.append({"role": "assistant", "content": ""})
             function = {"name": item.name, "arguments": item.arguments}
-            call = {"id": item.call_id, "type": "function", "function": function}
-            messages[-1].setdefault("tool_calls", []).append(call)
+            calls = template_calls([{"id": item.call_id, "function": function}], "input")
+            messages[-1].setdefault("tool_calls", []).extend(calls)
         elif isinstance(item, FunctionCallOutput):
             output = item.output if isinstance(item.output, str) else "".join(part.text for part in item.output)
             messages.append({"role": "tool", "tool_call_id": item.call_id, "content": output})

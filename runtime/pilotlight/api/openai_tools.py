@@ -12,6 +12,7 @@ from pilotlight.errors import InvalidRequest
 from pilotlight.text.tool_syntax import Tool, ToolUse
 
 MAX_TOOLS = 128
+Choice = Literal["auto", "none", "required"]
 Name = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 
 
@@ -48,20 +49,29 @@ def tool_use(tools: list[FunctionTool] | None, choice: ToolChoice | None, parall
     Raises:
         InvalidRequest: two tools have the same name, or the choice names none of them.
     """
-    if not tools:
-        if choice not in (None, "none", "auto"):
-            raise InvalidRequest("tool_choice", "tool_choice: requires tools")
-        return None
-    known = [_tool(tool.function, f"tools[{index}].function") for index, tool in enumerate(tools)]
-    names = [tool.name for tool in known]
-    for index, name in enumerate(names):
-        if name in names[:index]:
-            raise InvalidRequest(f"tools[{index}].function.name", f"tools[{index}].function.name: {name!r} comes twice")
+    known = [_tool(tool.function, f"tools[{index}].function") for index, tool in enumerate(tools or ())]
     if isinstance(choice, NamedTool):
-        if choice.function.name not in names:
-            raise InvalidRequest("tool_choice", f"tool_choice: there is no tool {choice.function.name!r}")
-        return ToolUse(known, "required", choice.function.name, parallel=False)
-    return ToolUse(known, choice or "auto", parallel=parallel is not False)
+        return checked_use(known, "required", choice.function.name, parallel=False)
+    return checked_use(known, choice or "auto", None, parallel=parallel is not False)
+
+
+def checked_use(tools: list[Tool], choice: Choice, named: str | None, *, parallel: bool) -> ToolUse | None:
+    """Return what a request says of tools, in whatever API's words it said it; None where it has none.
+
+    Raises:
+        InvalidRequest: two tools have the same name, or the choice names none of them.
+    """
+    names = [tool.name for tool in tools]
+    for index, tool in enumerate(tools):
+        if tool.name in names[:index]:
+            raise InvalidRequest(f"{tool.param}.name", f"{tool.param}.name: {tool.name!r} comes twice")
+    if named is not None and tools and named not in names:
+        raise InvalidRequest("tool_choice", f"tool_choice: there is no tool {named!r}")
+    if tools:
+        return ToolUse(tools, choice, named, parallel=parallel)
+    if choice == "required":
+        raise InvalidRequest("tool_choice", "tool_choice: requires tools")
+    return None
 
 
 def template_calls(calls: list[dict[str, Any]], param: str) -> list[dict[str, Any]]:

@@ -135,6 +135,7 @@ def _responses(endpoint: Endpoint, schemas: _Schemas) -> Schema:
         content = {JSON: {"schema": schemas.of(endpoint.answer)}}
     if endpoint.event is not None:
         content[EVENT_STREAM] = {"itemSchema": _frame(schemas.of(endpoint.event))}
+    content |= {media_type: {"schema": {"type": "string"}} for media_type in endpoint.also}
     responses = {"200": _response("The answer.", content)}
     error = ErrorEvent if endpoint.path.startswith(anthropic_errors.PATHS) else ErrorEnvelope
     for status, reasons in sorted(_reasons(endpoint.refusals).items()):

@@ -12,6 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from pilotlight.api.objects import Metered
+from pilotlight.api.openai_tools import MAX_TOOLS, Name
 from pilotlight.api.wire import SamplingBody
 
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
@@ -76,13 +77,47 @@ class Reasoning(msgspec.Struct, frozen=True, tag="reasoning", omit_defaults=True
 InputItem = InputMessage | FunctionCall | FunctionCallOutput | Reasoning
 
 
-class PlainText(msgspec.Struct, frozen=True):
-    type: Literal["text"] = "text"
+class PlainText(msgspec.Struct, frozen=True, tag="text"):
+    """Anything."""
+
+
+class JsonObject(msgspec.Struct, frozen=True, tag="json_object"):
+    """Any JSON object."""
+
+
+class JsonSchema(msgspec.Struct, frozen=True, tag="json_schema", omit_defaults=True):
+    """JSON that is valid under a schema, whether ``strict`` is asked for or not."""
+
+    name: str
+    schema: dict[str, Any]
+    description: str | None = None
+    strict: bool | None = None
 
 
 class TextConfig(msgspec.Struct, frozen=True):
-    format: PlainText | None = None
+    format: PlainText | JsonObject | JsonSchema | None = None
     verbosity: Literal["low", "medium", "high"] | None = None
+
+
+class CallableFunction(msgspec.Struct, frozen=True):
+    """A function of the client's own that the model may call; no tool runs here."""
+
+    type: Literal["function"]
+    name: Name
+    parameters: dict[str, Any] | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class CalledByName(msgspec.Struct, frozen=True):
+    """The one function that has to be called."""
+
+    type: Literal["function"]
+    name: str
+
+
+FunctionChoice = Literal["auto", "none", "required"] | CalledByName
+CallableFunctions = Annotated[list[CallableFunction], Meta(max_length=MAX_TOOLS)]
 
 
 class ResponseStreamOptions(msgspec.Struct, frozen=True):
@@ -93,7 +128,7 @@ class ResponsesBody(SamplingBody, frozen=True, kw_only=True):
     """What ``POST /v1/responses`` takes; the sampling parameters besides temperature and top_p are extensions."""
 
     ignored: ClassVar[frozenset[str]] = frozenset(
-        "max_tool_calls parallel_tool_calls prompt_cache_options prompt_cache_retention reasoning "
+        "max_tool_calls prompt_cache_options prompt_cache_retention reasoning "
         "safety_identifier service_tier user".split()
     )
     neutral: ClassVar[Mapping[str, tuple[object, ...]]] = {
@@ -105,8 +140,6 @@ class ResponsesBody(SamplingBody, frozen=True, kw_only=True):
         "image": (),
         "moderation": (),
         "prompt": (),
-        "tool_choice": ("none", "auto"),
-        "tools": ([],),
         "truncation": ("disabled",),
     }
     untyped: ClassVar[tuple[type[msgspec.Struct], ...]] = (InputMessage,)
@@ -116,6 +149,9 @@ class ResponsesBody(SamplingBody, frozen=True, kw_only=True):
     max_output_tokens: Annotated[int, Meta(ge=1)] | None = None
     previous_response_id: str | None = None
     store: bool = True
+    tools: CallableFunctions = msgspec.field(default_factory=list)
+    tool_choice: FunctionChoice = "auto"
+    parallel_tool_calls: bool = True
     metadata: Metadata = msgspec.field(default_factory=dict)
     text: TextConfig = TextConfig()
     include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] = msgspec.field(
@@ -190,13 +226,13 @@ class ResponseObject(msgspec.Struct, frozen=True, kw_only=True):
     instructions: str | None
     max_output_tokens: int | None
     metadata: Metadata
-    parallel_tool_calls: bool = True
+    parallel_tool_calls: bool
     previous_response_id: str | None
     store: bool
     temperature: float | None
     text: TextConfig
-    tool_choice: str = "auto"
-    tools: list[Any] = []
+    tool_choice: FunctionChoice
+    tools: CallableFunctions
     top_p: float | None
     background: Literal[False] = False
     truncation: Literal["disabled"] = "disabled"
