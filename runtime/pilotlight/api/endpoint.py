@@ -56,7 +56,8 @@ GENERATION = (
 class Endpoint:
     """One operation. ``answer`` is the type of its JSON body, or a media type; ``event`` that of a stream's frames.
 
-    ``also`` are media types that an Accept header may ask for instead. ``query`` and ``headers`` are structs whose fields are the parameters there.
+    ``also`` are media types that an Accept header may ask for instead. ``query`` and ``headers`` are structs whose
+    fields are the parameters there.
     """
 
     method: str
