@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pilotlight.artifact import KV_SCALES, Artifact, open_artifact
+from pilotlight.artifact import GRAPH, KV_SCALES, Artifact, open_artifact
 from pilotlight.engine.pace import DEFAULT_MIN_BATCH_ROWS, DecodeGraph
-from pilotlight.engine.session import OnnxSession
+from pilotlight.engine.session import OnnxSession, quickest_graphs
 from pilotlight.errors import ArtifactError
 from pilotlight_export.verify.graph_runner import GraphRunner, Graphs
 
@@ -64,6 +64,34 @@ def test_a_prompt_does_not_touch_other_slots(session: OnnxSession) -> None:
     session.prefill(3, np.array(PROMPTS[3]), 0)
     found = session.decode(expected[0].argmax(axis=-1), np.array([len(prompt) for prompt in PROMPTS[:2]]))
     assert np.array_equal(found, expected[1])
+
+
+def lean_beside(session: OnnxSession, artifact: Artifact) -> OnnxSession:
+    graphs = quickest_graphs(artifact.manifest)
+    assert graphs == (GRAPH,)
+    return OnnxSession(artifact, len(PROMPTS), CONTEXT, num_threads=1, graphs=graphs, beside=session)
+
+
+def test_a_prompt_goes_on_in_the_whole_session(session: OnnxSession, demo_hybrid: Artifact) -> None:
+    """A replica begins on its main graph alone, and moves over between two chunks."""
+    expected = steps(session, 1, 2)
+    prompt = np.array(PROMPTS[0])
+    session.prefill(1, np.array(PROMPTS[3]), 0)  # another prompt was read between
+    lean_beside(session, demo_hybrid).prefill(0, prompt[:6], 0)
+    logits = session.prefill(0, prompt[6:], 6)
+    assert np.corrcoef(logits[0], expected[0][0])[0, 1] > 0.97
+    assert session.save_prefix(0, 0, 8) is None, "other graphs round otherwise, and a hit must not change a bit"
+    session.prefill(0, prompt, 0)
+    assert session.save_prefix(0, 0, 8) is not None
+
+
+def test_a_lean_session_steps_as_the_whole_one(session: OnnxSession, demo_hybrid: Artifact) -> None:
+    expected = steps(session, 1, 3)
+    session.prefill(0, np.array(PROMPTS[0]), 0)
+    lean = lean_beside(session, demo_hybrid)
+    for index in range(3):
+        logits = lean.decode(expected[index].argmax(axis=-1), np.array([len(PROMPTS[0]) + index]))
+        assert np.array_equal(logits, expected[index + 1])
 
 
 def test_the_cache_takes_a_byte_a_value(session: OnnxSession, demo_hybrid: Artifact) -> None:

@@ -257,6 +257,8 @@ class Engine:
         for index in range(chunk.past_tokens // size, min(chunk.end // size, len(keys))):
             if prefixes.lacks(keys, index):
                 held = self._session.save_prefix(chunk.slot, index * size, (index + 1) * size)
+                if held is None:
+                    return
                 prefixes.add(keys, index, held)
 
     def _sample_new(self, logits: Logits, actives: tuple[Active, ...], masks: Future[None] | None) -> Items[Outcome]:

@@ -58,8 +58,9 @@ class Session(Protocol):
     def move(self, source: int, target: int, num_tokens: int) -> None:
         """Copy a slot's cache over another slot's."""
 
-    def save_prefix(self, slot: int, start: int, end: int) -> Held:
-        """Return what a prefill behind ``end`` reads of these tokens of the prompt that a slot was prefilled with last.
+    def save_prefix(self, slot: int, start: int, end: int) -> Held | None:
+        """Return what a prefill behind ``end`` reads of these tokens of the prompt that a slot was prefilled with last,
+        or None where the prompt was read in another way than usual.
 
         It is asked for between this prompt's chunks or right after the last one, before any other prompt's.
         """
@@ -130,14 +131,19 @@ class OnnxSession:
         if BATCH_GRAPH in there[1:]:
             self._batch_graph = load(BATCH_GRAPH, self._cache)
         self.has_batch_graph = self._batch_graph is not self._graph
+        self._reads_staged = self._staged is not None and PREFILL_GRAPH in there[1:]
 
     def prefill(self, slot: int, token_ids: Ids, past_tokens: int) -> Logits:
         graph = self._prefill_graph
-        logits = graph.prefill(slot if self._staged is None else 0, token_ids, past_tokens)
+        logits = graph.prefill(0 if self._reads_staged else slot, token_ids, past_tokens)
         self.run_s = graph.run_s
         if self._staged is not None:
             end = past_tokens + len(token_ids)
-            self._cache.quantize(slot, self._staged.cache, self._staged.scales, past_tokens, end)
+            self._staged.is_usual = self._reads_staged and (self._staged.is_usual or past_tokens == 0)
+            if self._reads_staged:
+                self._cache.quantize(slot, self._staged.cache, self._staged.scales, past_tokens, end)
+            else:  # a whole session may go on with this prompt
+                self._cache.dequantize(slot, self._staged.cache, self._staged.scales, past_tokens, end)
         return logits
 
     def decode(self, token_ids: Ids, past_tokens: Ids, graph: DecodeGraph = DecodeGraph.MAIN) -> Logits:
@@ -153,32 +159,37 @@ class OnnxSession:
         """Return the profiles that ONNX Runtime has written, one for each graph."""
         return [Path(session.end_profiling()) for session in self._sessions]
 
-    def save_prefix(self, slot: int, start: int, end: int) -> Held:
+    def save_prefix(self, slot: int, start: int, end: int) -> Held | None:
         if self._staged is None:
             return self._cache.copy_out(slot, start, end)
-        return self._staged.cache.copy_out(0, start, end)
+        return self._staged.cache.copy_out(0, start, end) if self._staged.is_usual else None
 
     def load_prefix(self, slot: int, start: int, held: Any) -> None:
         if self._staged is None:
             self._cache.copy_in(slot, start, held)
             return
+        self._staged.is_usual = True
         self._staged.cache.copy_in(0, start, held)
         self._cache.quantize(slot, self._staged.cache, self._staged.scales, start, start + held.shape[2])
 
 
 def quickest_graphs(manifest: Manifest) -> tuple[str, ...]:
-    """Return the graphs that give a first token soonest, on one thread: one, unless each has a cache of its own."""
-    if PREFILL_GRAPH not in manifest.files:
-        return (GRAPH,)
-    return ALL_GRAPHS if manifest.kv.dtype == "int8" else (PREFILL_GRAPH,)
+    """Return the graph that gives a first token soonest and can go on from there."""
+    if PREFILL_GRAPH in manifest.files and not manifest.stages_prompts:
+        return (PREFILL_GRAPH,)
+    return (GRAPH,)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Staged:
-    """The float32 cache of the prompt that is being read, and the scales with which it is quantized."""
+    """The float32 cache of the prompt that is being read, and the scales with which it is quantized.
+
+    ``is_usual`` says that the whole prompt was read on the graph for prompts, and not by a session that lacks it.
+    """
 
     cache: KvCache
     scales: Scales
+    is_usual: bool = True
 
     @staticmethod
     def of(artifact: Artifact, max_context_tokens: int) -> _Staged | None:

@@ -59,6 +59,12 @@ class KvCache:
                 np.rint(steps, out=steps)
                 target[slot, :, first:end] = np.clip(steps, -KV_STEPS, KV_STEPS, out=steps)
 
+    def dequantize(self, slot: int, staged: KvCache, scales: Scales, first: int, end: int) -> None:
+        """Do the reverse of ``quantize``: put a slot's 8-bit tokens into the other cache's only slot."""
+        for layer, (of_keys, of_values) in enumerate(scales):
+            staged.keys[layer][0, :, first:end] = self.keys[layer][slot, :, first:end] * of_keys[:, None]
+            staged.values[layer][0, :, first:end] = self.values[layer][slot, :, first:end] * of_values[:, None]
+
     def copy_out(self, slot: int, start: int, end: int) -> Buffer:
         """Return the tokens from ``start`` to ``end`` of a slot, [2 layers, kv heads, tokens, head size]."""
         return np.stack([buffer[slot, :, start:end] for buffer in (*self.keys, *self.values)])
