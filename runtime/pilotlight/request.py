@@ -19,6 +19,10 @@ class FinishReason(StrEnum):
     CRASHED = "crashed"
 
 
+LEAST_TEMPERATURE = 1e-6
+"""Below it a draw is greedy but for rounding, and logits divided by it leave float32."""
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How the next token is chosen. ``temperature`` 0 is greedy; ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 are off.
@@ -39,7 +43,7 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0.0
+        return self.temperature < LEAST_TEMPERATURE
 
     @property
     def penalised(self) -> bool:

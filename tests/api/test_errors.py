@@ -14,6 +14,7 @@ from support import MAX_BODY_BYTES, serving
 USER = {"role": "user", "content": "hi"}
 
 BAD_CHATS: list[tuple[dict[str, Any], int, str | None, str]] = [
+    ({"repetition_penalty": 5e-324}, 400, "repetition_penalty", "0.01"),
     ({"model": "nobody"}, 404, "model", "no function 'nobody' here; available: toy"),
     ({"model": None}, 400, "model", "expected str"),
     ({"model": 7}, 400, "model", "expected str, got int"),

@@ -284,6 +284,8 @@ BAD: list[tuple[dict[str, Any], int, str, str]] = [
         "input[0].content[0].type",
         "invalid value 'input_image'",
     ),
+    ({"input": [{"type": None, "role": "user", "content": "hi"}]}, 400, "input[0].type", "expected"),
+    ({"background": 0}, 400, "background", "not supported"),
     ({"input": [7]}, 400, "input[0]", "expected object"),
     ({"input": "x" * 500}, 400, "input", "context holds 64"),
     ({"max_output_tokens": 0}, 400, "max_output_tokens", ">= 1"),

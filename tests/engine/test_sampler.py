@@ -148,3 +148,10 @@ def test_equal_logits_are_ordered_by_id() -> None:
     drawn = draw(logits, SamplingParams(top_k=2, seed=7), 40)
     assert set(drawn.tolist()) == {5, 2999}
     assert set(draw(np.zeros(3000, np.float32), SamplingParams(top_k=1), 3).tolist()) <= set(range(3000))
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-40, 1e-7])
+def test_a_temperature_of_next_to_nothing_is_greedy(temperature: float) -> None:
+    logits = np.random.default_rng(0).normal(size=(1, 50)).astype(np.float32) * 10
+    row = SamplingRow(SamplingParams(temperature=temperature, seed=3), [1, 2], 50)
+    assert sample(logits.copy(), [row]) == logits.argmax(axis=1)

@@ -170,7 +170,7 @@ class ResponsesBody(SamplingBody, frozen=True, kw_only=True):
 
 
 def _typed(item: object) -> object:
-    is_message = isinstance(item, dict) and "role" in item and item.get("type") is None
+    is_message = isinstance(item, dict) and "role" in item and "type" not in item
     return {**item, "type": "message"} if is_message else item  # type: ignore[dict-item]
 
 

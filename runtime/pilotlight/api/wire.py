@@ -52,7 +52,7 @@ class SamplingBody(Body, frozen=True, kw_only=True):
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     top_k: Annotated[int, Meta(ge=0)] | None = None
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Meta(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[float, Meta(ge=0.01, le=10)] | None = None
     ignore_eos: bool = False
 
     @property
@@ -107,8 +107,13 @@ def _check_other(key: str, value: object, kind: type[Body]) -> None:
         return
     if key not in kind.neutral:
         raise InvalidRequest(key, f"unknown parameter: {key}", "unknown_parameter")
-    if value is not None and value not in kind.neutral[key]:
+    if value is not None and not any(_is_same(value, taken) for taken in kind.neutral[key]):
         raise InvalidRequest(key, f"{key} is not supported here", "unsupported_parameter")
+
+
+def _is_same(value: object, other: object) -> bool:
+    """Compare as JSON does, where 0 is not false."""
+    return value == other and isinstance(value, bool) == isinstance(other, bool)
 
 
 def _invalid(error: msgspec.ValidationError) -> InvalidRequest:
