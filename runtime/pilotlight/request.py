@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import asyncio  # a replica has no event loop, and should not pay for one
 
 
 class FinishReason(StrEnum):
@@ -130,3 +134,12 @@ class Signals:
     num_prefix_query_tokens: int = 0
     num_prefix_hit_tokens: int = 0
     prefix_cache_bytes: int = 0
+
+
+async def until_finished(stream: asyncio.Queue[TokenEvent]) -> AsyncIterator[TokenEvent]:
+    """Yield a sequence's events, up to and with the last one."""
+    event = await stream.get()
+    while event.finish is None:
+        yield event
+        event = await stream.get()
+    yield event

@@ -10,7 +10,7 @@ from pilotlight.engine.grammar import Grammars
 from pilotlight.engine.policy import DEFAULT_POLICY, Policy
 from pilotlight.engine.session import Session
 from pilotlight.errors import QueueFull
-from pilotlight.request import Sequence, Signals, TokenEvent
+from pilotlight.request import Sequence, Signals, TokenEvent, until_finished
 
 
 class EngineBackend:
@@ -47,7 +47,7 @@ class EngineBackend:
             raise QueueFull(self._max_queued_requests)
         stream = self._streams[sequence.id] = asyncio.Queue[TokenEvent]()
         self._engine.submit(sequence)
-        return _until_finished(stream)
+        return until_finished(stream)
 
     def abort(self, sequence_id: str) -> None:
         """Have a sequence end as cancelled before the next step."""
@@ -66,11 +66,3 @@ class EngineBackend:
             stream.put_nowait(event)
             if event.finish is not None:
                 del self._streams[sequence_id]
-
-
-async def _until_finished(stream: asyncio.Queue[TokenEvent]) -> AsyncIterator[TokenEvent]:
-    event = await stream.get()
-    while event.finish is None:
-        yield event
-        event = await stream.get()
-    yield event

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import time
 from collections.abc import Iterable
@@ -299,7 +300,7 @@ def _load(artifact: Artifact, name: str, num_threads: int, cache: GraphCache | N
             return _open(kept, _kept_options(num_threads))
         with cache.making(artifact, name) as target:
             session = _open_and_keep(path, target, num_threads, artifact.manifest)
-        _return_freed_memory()
+        return_freed_memory()
         return session
     except (ArtifactError, OSError):
         # a full disk, say; and if the artifact itself is bad, it fails again below
@@ -326,8 +327,9 @@ def _open_and_keep(path: Path, target: Path, num_threads: int, manifest: Manifes
     raise ArtifactError(target, "does not compute what it was made from")
 
 
-def _return_freed_memory() -> None:
-    """Give the memory of the session that was only needed for keeping back to the system, where the C library can."""
+def return_freed_memory() -> None:
+    """Give back to the system what making a session needed and running it doesn't, where the C library can."""
+    gc.collect()
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 

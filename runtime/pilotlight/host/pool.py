@@ -27,7 +27,7 @@ from pilotlight.host.memory import Idle, estimated_bytes, private_bytes
 from pilotlight.host.replica_handle import Replica, State, TemplateHandle
 from pilotlight.host.routing import prefix_blocks, route
 from pilotlight.host.wire import Abort, Beat, Dormant, Failed, FromReplica, ReplicaSpec, Stages, Started, Step, Submit
-from pilotlight.request import Sequence, Signals, Start, TokenEvent
+from pilotlight.request import Sequence, Signals, Start, TokenEvent, until_finished
 
 logger = logging.getLogger("pilotlight.host")
 
@@ -115,7 +115,7 @@ class Pool:
         self._queue.push(entry)
         self.measures.arrived(now)
         self.act()
-        return _until_finished(entry.stream)
+        return until_finished(entry.stream)
 
     def abort(self, sequence_id: str) -> None:
         """Have a sequence end as cancelled: at once where it waits, before the next step where it runs."""
@@ -529,11 +529,3 @@ def _spec_of(spec: ReplicaSpec, replica_id: str, asked_at: float, num_warm_up_to
 def _start_of(stages: Stages, waited_s: float) -> Start:
     waited_ms = round(max(0.0, waited_s) * 1000, 3)
     return Start(waited_ms, stages.fork_ms, stages.map_ms, stages.session_ms, stages.warm_up_ms)
-
-
-async def _until_finished(stream: asyncio.Queue[TokenEvent]) -> AsyncIterator[TokenEvent]:
-    event = await stream.get()
-    while event.finish is None:
-        yield event
-        event = await stream.get()
-    yield event

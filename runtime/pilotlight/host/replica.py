@@ -8,8 +8,6 @@ one thread has no threads that a fork could lose.
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import os
 import socket
 import threading
@@ -22,7 +20,7 @@ import numpy as np
 from pilotlight.artifact import PREFILL_GRAPH, Artifact, open_artifact
 from pilotlight.engine.engine import Engine, Event
 from pilotlight.engine.grammar import Grammars
-from pilotlight.engine.session import ALL_GRAPHS, OnnxSession, quickest_graphs
+from pilotlight.engine.session import ALL_GRAPHS, OnnxSession, quickest_graphs, return_freed_memory
 from pilotlight.errors import PilotlightError
 from pilotlight.host.wire import Abort, Beat, BlockingWire, Close, Failed, ReplicaSpec, Stages, Started, Step, Submit
 
@@ -93,12 +91,6 @@ def warm_up(session: OnnxSession) -> float:
     return _ms(time.monotonic() - begun_at)
 
 
-def let_go_of_freed_memory() -> None:
-    """Give back to the system what making a session needed and running it doesn't."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-
-
 def problem_of(spec: ReplicaSpec, error: Exception) -> str:
     """Say what went wrong, for clients too: they need not know where artifacts lie."""
     return str(error).replace(f"{spec.artifact}/", "") or "there is not enough memory"
@@ -152,7 +144,7 @@ class _Outbox:
         if (session := grow(self._spec, lean)) is not None:
             self.engine.replace_session(session)
             del lean
-            let_go_of_freed_memory()
+            return_freed_memory()
 
     def _emit(self, events: list[Event]) -> None:
         """Runs on the engine's thread, once a step, also where a step has no events."""

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NoReturn
 
+from pilotlight.engine.session import return_freed_memory
 from pilotlight.errors import PilotlightError
 from pilotlight.host import replica
 from pilotlight.host.lifeline import die_with, ignore_signals_of_the_group, name_process
@@ -146,7 +147,7 @@ def _be_template(spec: ReplicaSpec, control: socket.socket) -> None:
     except (PilotlightError, MemoryError) as error:
         _report(control, Unfit(replica.problem_of(spec, error)))
         return
-    replica.let_go_of_freed_memory()
+    return_freed_memory()
     gc.freeze()
     _report(control, Dormant(os.getpid(), Stages("zygote", 0.0, loaded.map_ms, loaded.session_ms, warm_up_ms)))
     serve_forks(control, lambda message, wire: replica.run_from_template(message.spec, wire, loaded))
