@@ -254,12 +254,11 @@ class Engine:
         """Keep the blocks that a chunk has completed."""
         prefixes, keys = self._scheduler.prefixes, chunk.active.block_keys
         size = prefixes.block_tokens
-        for index in range(chunk.past_tokens // size, min(chunk.end // size, len(keys))):
-            if prefixes.lacks(keys, index):
-                held = self._session.save_prefix(chunk.slot, index * size, (index + 1) * size)
-                if held is None:
-                    return
-                prefixes.add(keys, index, held)
+        for index in prefixes.missing(keys, chunk.past_tokens, chunk.end):
+            held = self._session.save_prefix(chunk.slot, index * size, (index + 1) * size)
+            if held is None:
+                return
+            prefixes.add(keys, index, held)
 
     def _sample_new(self, logits: Logits, actives: tuple[Active, ...], masks: Future[None] | None) -> Items[Outcome]:
         """Sample for those whose next token is not known yet."""
@@ -339,16 +338,5 @@ class Engine:
             self._session.move(move.source, move.target, move.num_tokens)
 
     def _measure(self) -> Signals:
-        scheduler, session = self._scheduler, self._session
-        return Signals(
-            num_waiting=len(scheduler.waiting) + len(self._compiling),
-            num_running=scheduler.num_in_slots,
-            num_slots=session.num_slots,
-            num_prefill_backlog_tokens=scheduler.num_prefill_backlog_tokens,
-            kv_used_bytes=scheduler.num_cached_tokens * session.kv_bytes_per_token,
-            kv_reserved_bytes=session.num_slots * session.max_context_tokens * session.kv_bytes_per_token,
-            num_preemptions=scheduler.num_preemptions,
-            num_prefix_query_tokens=scheduler.num_prefix_query_tokens,
-            num_prefix_hit_tokens=scheduler.num_prefix_hit_tokens,
-            prefix_cache_bytes=scheduler.prefixes.num_bytes,
-        )
+        session = self._session
+        return self._scheduler.signals(session.kv_bytes_per_token, session.max_context_tokens, len(self._compiling))

@@ -6,6 +6,7 @@ that paid for it. What a block holds is the session's business; here it has a si
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -77,6 +78,15 @@ class PrefixCache:
             block.num_uses += 1
             block.worth = self._worth(block)
         return found
+
+    def missing(self, keys: Items[bytes], past_tokens: int, end: int) -> Iterator[int]:
+        """Yield the blocks which the prompt's tokens from ``past_tokens`` to ``end`` have completed and nobody kept.
+
+        Whoever does not add one has to stop asking.
+        """
+        for index in range(past_tokens // self.block_tokens, min(end // self.block_tokens, len(keys))):
+            if self.lacks(keys, index):
+                yield index
 
     def lacks(self, keys: Items[bytes], index: int) -> bool:
         """Whether a block is missing here, and the one before it is not."""

@@ -15,7 +15,7 @@ from pilotlight.engine.fair_queue import FairQueue
 from pilotlight.engine.pace import DecodeGraph, Pace
 from pilotlight.engine.policy import Policy
 from pilotlight.engine.prefix_cache import Block, PrefixCache
-from pilotlight.request import FinishReason, Sequence
+from pilotlight.request import FinishReason, Sequence, Signals
 
 HEADROOM_STEPS = 16
 """What is admitted finds room in the cache for so many steps of everybody, or it would be preempted again at once."""
@@ -183,6 +183,21 @@ class Scheduler:
     def num_prefill_backlog_tokens(self) -> int:
         backlog = sum(active.num_uncached for active in self.waiting)
         return backlog + (self.prefilling.num_uncached if self.prefilling else 0)
+
+    def signals(self, kv_bytes_per_token: int, max_context_tokens: int, num_beside: int = 0) -> Signals:
+        """Return the load; ``num_beside`` sequences wait beside the queue."""
+        return Signals(
+            num_waiting=len(self.waiting) + num_beside,
+            num_running=self.num_in_slots,
+            num_slots=self.num_slots,
+            num_prefill_backlog_tokens=self.num_prefill_backlog_tokens,
+            kv_used_bytes=self.num_cached_tokens * kv_bytes_per_token,
+            kv_reserved_bytes=self.num_slots * max_context_tokens * kv_bytes_per_token,
+            num_preemptions=self.num_preemptions,
+            num_prefix_query_tokens=self.num_prefix_query_tokens,
+            num_prefix_hit_tokens=self.num_prefix_hit_tokens,
+            prefix_cache_bytes=self.prefixes.num_bytes,
+        )
 
     def add(self, active: Active) -> None:
         self.waiting.add(active)

@@ -10,6 +10,8 @@ import math
 from dataclasses import dataclass
 from enum import StrEnum
 
+from pilotlight.config import FunctionSettings
+
 HEADROOM = 1.2
 """Arrivals come in bursts: keep a fifth more than their mean needs."""
 
@@ -36,6 +38,18 @@ class Policy:
     target_wait_s: float = 2.0
     sleep: Sleep = Sleep.LIGHT
     light_timeout_s: float = 3600.0
+
+    @classmethod
+    def from_settings(cls, settings: FunctionSettings, num_slots: int) -> Policy:
+        """Return what a function's settings ask, for replicas of so many slots."""
+        return cls(
+            num_slots=num_slots,
+            min_replicas=settings.min_replicas,
+            max_replicas=max(settings.max_replicas, settings.min_replicas),
+            idle_timeout_s=settings.idle_timeout_s,
+            sleep=Sleep(settings.sleep),
+            light_timeout_s=settings.light_timeout_s,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,13 +36,23 @@ class Tenant(Protocol):
         """A second has passed."""
 
 
+def on_running_loop(callback: Callable[[], None]) -> None:
+    asyncio.get_running_loop().call_soon(callback)
+
+
 class Machine:
     """Admits processes by memory before they are made."""
 
-    def __init__(self, budget_bytes: int = 0, free_bytes: Callable[[], int] = machine_bytes) -> None:
+    def __init__(
+        self,
+        budget_bytes: int = 0,
+        free_bytes: Callable[[], int] = machine_bytes,
+        call_soon: Callable[[Callable[[], None]], None] = on_running_loop,
+    ) -> None:
         """Take ``budget_bytes`` for all processes together, or most of what is free now where that is 0."""
         self.budget_bytes = budget_bytes or free_bytes()
         self._free_bytes = free_bytes
+        self._call_soon = call_soon
         self._taken: dict[str, int] = {}
         self._leaving: set[str] = set()
         self._tenants: list[Tenant] = []
@@ -87,7 +97,7 @@ class Machine:
         """Give back what a process took; others may act on it."""
         self._leaving.discard(name)
         if self._taken.pop(name, None) is not None:
-            asyncio.get_running_loop().call_soon(self._all_act)
+            self._call_soon(self._all_act)
 
     async def run(self) -> None:
         """Tick until cancelled."""

@@ -10,7 +10,7 @@ from pilotlight.artifact import Artifact, open_artifact
 from pilotlight.config import FunctionSettings, HostSettings
 from pilotlight.engine.policy import Policy as EnginePolicy
 from pilotlight.function import Function, UsageLedger
-from pilotlight.host.autoscaler import Policy, Sleep
+from pilotlight.host.autoscaler import Policy
 from pilotlight.host.link import Launcher
 from pilotlight.host.machine import Machine
 from pilotlight.host.pool import Pool, PoolSettings
@@ -83,14 +83,7 @@ def _pool_settings(
             cache_dir=str(directory) if directory is not None else None,
             asked_at=0.0,
         ),
-        policy=Policy(
-            num_slots=num_slots,
-            min_replicas=settings.min_replicas,
-            max_replicas=max(settings.max_replicas, settings.min_replicas),
-            idle_timeout_s=settings.idle_timeout_s,
-            sleep=Sleep(settings.sleep),
-            light_timeout_s=settings.light_timeout_s,
-        ),
+        policy=Policy.from_settings(settings, num_slots),
         weights_bytes=weights_bytes(artifact),
         kv_bytes=kv_bytes(artifact, num_slots, context),
         max_queued_requests=settings.max_queued_requests,
