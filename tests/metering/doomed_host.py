@@ -7,11 +7,12 @@ import asyncio
 import os
 import signal
 import sys
-from pathlib import Path
 
-from pilotlight.metering.ledger import Ledger
+from pilotlight.metering.database import located
+from pilotlight.metering.opening import open_ledger
 from pilotlight.metering.prices import PriceTable
 from pilotlight.metering.record import Admission, final_record
+from pilotlight.metering.sql_ledger import SqlLedger
 from pilotlight.metering.usage import Timings, Usage
 from pilotlight.request import FinishReason
 
@@ -31,7 +32,7 @@ def admission(request_id: str) -> Admission:
     )
 
 
-async def die_after_checkpoints(ledger: Ledger) -> None:
+async def die_after_checkpoints(ledger: SqlLedger) -> None:
     await ledger.admit(admission("early"))
     await ledger.admit(admission("late"))
     await ledger.checkpoint("late", Usage(4, completion_tokens=1))
@@ -39,11 +40,11 @@ async def die_after_checkpoints(ledger: Ledger) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-async def work_for_ever(ledger: Ledger) -> None:
+async def work_for_ever(ledger: SqlLedger) -> None:
     await asyncio.gather(*(_invoke_for_ever(ledger, worker) for worker in range(NUM_WORKERS)))
 
 
-async def _invoke_for_ever(ledger: Ledger, worker: int) -> None:
+async def _invoke_for_ever(ledger: SqlLedger, worker: int) -> None:
     number = 0
     while True:
         admitted = admission(f"{worker}-{number}")
@@ -58,8 +59,8 @@ def _print(step: str, admitted: Admission) -> None:
     os.write(sys.stdout.fileno(), f"{step} {admitted.request_id}\n".encode())
 
 
-def main(path: Path, mode: str) -> None:
-    ledger = Ledger(path)
+def main(location: str, mode: str) -> None:
+    ledger = open_ledger(located(location), cache_dir=os.environ["TEST_CACHE_DIR"])
     if mode == "checkpoint":
         asyncio.run(die_after_checkpoints(ledger))
     elif mode == "work":
@@ -67,4 +68,4 @@ def main(path: Path, mode: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(sys.argv[1], sys.argv[2])

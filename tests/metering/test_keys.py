@@ -9,24 +9,27 @@ from pathlib import Path
 
 import pytest
 
+from ledgers import KINDS, fresh
 from pilotlight.errors import ConfigError
+from pilotlight.metering.database import Location
 from pilotlight.metering.keyring import KeyDesk, Keyring
 from pilotlight.metering.keys import Key, Limits, matches, new_token, split_token
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "usage.db"
+@pytest.fixture(params=KINDS)
+def path(request: pytest.FixtureRequest) -> Iterator[Location]:
+    with fresh(request.param) as location:
+        yield location
 
 
 @pytest.fixture
-def desk(path: Path) -> Iterator[KeyDesk]:
+def desk(path: Location) -> Iterator[KeyDesk]:
     with KeyDesk(path) as desk:
         yield desk
 
 
 @pytest.fixture
-def ring(desk: KeyDesk, path: Path) -> Iterator[Keyring]:
+def ring(desk: KeyDesk, path: Location) -> Iterator[Keyring]:
     with Keyring(path) as ring:
         yield ring
 
@@ -43,10 +46,10 @@ def test_a_token_opens_its_key(desk: KeyDesk, ring: Keyring) -> None:
     assert key.key_id != other.key_id
 
 
-def test_only_a_salted_hash_is_kept(desk: KeyDesk, path: Path) -> None:
-    _, token = create(desk)
-    desk.close()
-    kept = b"".join(file.read_bytes() for file in path.parent.iterdir())
+def test_only_a_salted_hash_is_kept(tmp_path: Path) -> None:
+    with KeyDesk(tmp_path / "usage.db") as desk:
+        _, token = create(desk)
+    kept = b"".join(file.read_bytes() for file in tmp_path.iterdir())
     assert token.rpartition("_")[2].encode() not in kept
     (_, first), (_, second) = new_token("0" * 16), new_token("0" * 16)
     assert first.salt != second.salt

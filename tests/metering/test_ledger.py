@@ -7,7 +7,6 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ledgers import KINDS, cache_dir, fresh, writer
 from pilotlight.errors import (
     ConfigError,
     LedgerUnavailable,
@@ -26,13 +26,16 @@ from pilotlight.errors import (
     RequestNotFound,
     StartupError,
 )
+from pilotlight.metering import schema
+from pilotlight.metering.database import Connection, Location, connect_writer
 from pilotlight.metering.group_commit import GroupCommit
 from pilotlight.metering.ledger import Ledger
 from pilotlight.metering.ledger_reader import LedgerReader
 from pilotlight.metering.limits import Admitted
 from pilotlight.metering.prices import PriceTable
 from pilotlight.metering.record import CRASH_DETAIL, Admission, UsageRecord, final_record, utc_text
-from pilotlight.metering.schema import LEDGER_VERSION, connect_writer
+from pilotlight.metering.schema import LEDGER_VERSION
+from pilotlight.metering.sql_ledger import SqlLedger
 from pilotlight.metering.totals import Totals
 from pilotlight.metering.usage import Timings, Usage
 from pilotlight.request import FinishReason
@@ -63,18 +66,24 @@ def stopped(admitted: Admission, usage: Usage = TEN_TOKENS) -> UsageRecord:
     return final_record(admitted, usage, Timings(total_ms=1.5), FinishReason.STOP)
 
 
+@pytest.fixture(params=KINDS)
+def path(request: pytest.FixtureRequest) -> Iterator[Location]:
+    with fresh(request.param) as location:
+        yield location
+
+
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
+def file(tmp_path: Path) -> Path:
     return tmp_path / "usage.db"
 
 
 @pytest.fixture
-def ledger(path: Path) -> Iterator[Ledger]:
-    with Ledger(path) as ledger:
+def ledger(path: Location) -> Iterator[SqlLedger]:
+    with writer(path) as ledger:
         yield ledger
 
 
-async def invoke(ledger: Ledger, admitted: Admission) -> UsageRecord:
+async def invoke(ledger: SqlLedger, admitted: Admission) -> UsageRecord:
     record = stopped(admitted)
     await ledger.admit(admitted)
     await ledger.finish(record)
@@ -82,21 +91,21 @@ async def invoke(ledger: Ledger, admitted: Admission) -> UsageRecord:
 
 
 class TestProtocol:
-    def test_a_finished_invocation_has_its_record(self, ledger: Ledger) -> None:
+    def test_a_finished_invocation_has_its_record(self, ledger: SqlLedger) -> None:
         record = asyncio.run(invoke(ledger, admission("a")))
         assert ledger.get("a") == record
         assert record.cost_micros == 10_000_000
 
-    def test_an_open_invocation_has_none(self, ledger: Ledger) -> None:
+    def test_an_open_invocation_has_none(self, ledger: SqlLedger) -> None:
         asyncio.run(ledger.admit(admission("a")))
         assert ledger.get("a") is None
 
-    def test_unicode_comes_back(self, ledger: Ledger) -> None:
+    def test_unicode_comes_back(self, ledger: SqlLedger) -> None:
         record = asyncio.run(invoke(ledger, admission("größe-👩‍🚀'\"", "функция", tenant="名前\n")))
         assert ledger.get("größe-👩‍🚀'\"") == record
 
     @pytest.mark.parametrize("finished", [False, True], ids=["open", "finished"])
-    def test_a_request_id_is_admitted_once(self, ledger: Ledger, finished: bool) -> None:
+    def test_a_request_id_is_admitted_once(self, ledger: SqlLedger, finished: bool) -> None:
         async def twice() -> None:
             await (invoke(ledger, admission("a")) if finished else ledger.admit(admission("a")))
             await ledger.admit(admission("a", "other"))
@@ -104,7 +113,7 @@ class TestProtocol:
         with pytest.raises(RequestIdInUse, match="'a' exists already"):
             asyncio.run(twice())
 
-    def test_of_many_at_once_one_is_admitted(self, ledger: Ledger) -> None:
+    def test_of_many_at_once_one_is_admitted(self, ledger: SqlLedger) -> None:
         async def race() -> list[BaseException | Admitted]:
             admits = (ledger.admit(admission("a")) for _ in range(20))
             return [*await asyncio.gather(*admits, return_exceptions=True)]
@@ -113,7 +122,7 @@ class TestProtocol:
         assert outcomes.count(Admitted()) == 1
         assert sum(isinstance(outcome, RequestIdInUse) for outcome in outcomes) == 19
 
-    def test_a_refusal_leaves_its_neighbours_in_the_transaction_alone(self, ledger: Ledger, path: Path) -> None:
+    def test_a_refusal_leaves_its_neighbours_in_the_transaction_alone(self, ledger: SqlLedger, path: Location) -> None:
         async def together() -> None:
             admits = (ledger.admit(admission(request_id)) for request_id in "aabbc")
             await asyncio.gather(*admits, return_exceptions=True)
@@ -123,31 +132,31 @@ class TestProtocol:
         with LedgerReader(path) as reader:
             assert [record.request_id for record in reader.records()] == ["c", "b", "a"]
 
-    def test_a_second_record_is_refused(self, ledger: Ledger) -> None:
+    def test_a_second_record_is_refused(self, ledger: SqlLedger) -> None:
         first = asyncio.run(invoke(ledger, admission("a")))
         with pytest.raises(RequestNotFound, match="no open invocation has the request id 'a'"):
             asyncio.run(ledger.finish(stopped(admission("a"))))
         assert ledger.get("a") == first
 
-    def test_the_same_record_again_changes_nothing(self, ledger: Ledger, path: Path) -> None:
+    def test_the_same_record_again_changes_nothing(self, ledger: SqlLedger, path: Location) -> None:
         record = asyncio.run(invoke(ledger, admission("a")))
         asyncio.run(ledger.finish(record))
         with LedgerReader(path) as reader:
             assert list(reader.records()) == [record]
 
-    def test_what_was_never_admitted_is_neither_checkpointed_nor_finished(self, ledger: Ledger) -> None:
+    def test_what_was_never_admitted_is_neither_checkpointed_nor_finished(self, ledger: SqlLedger) -> None:
         with pytest.raises(RequestNotFound):
             asyncio.run(ledger.checkpoint("a", TEN_TOKENS))
         with pytest.raises(RequestNotFound):
             asyncio.run(ledger.finish(stopped(admission("a"))))
 
-    def test_a_checkpoint_after_the_record_is_refused(self, ledger: Ledger) -> None:
+    def test_a_checkpoint_after_the_record_is_refused(self, ledger: SqlLedger) -> None:
         record = asyncio.run(invoke(ledger, admission("a")))
         with pytest.raises(RequestNotFound):
             asyncio.run(ledger.checkpoint("a", TEN_TOKENS))
         assert ledger.get("a") == record
 
-    def test_a_caller_that_is_cancelled_has_still_written(self, ledger: Ledger) -> None:
+    def test_a_caller_that_is_cancelled_has_still_written(self, ledger: SqlLedger) -> None:
         async def cancelled() -> None:
             await ledger.admit(admission("a"))
             finishing = asyncio.create_task(ledger.finish(stopped(admission("a"))))
@@ -160,8 +169,8 @@ class TestProtocol:
         asyncio.run(cancelled())
         assert ledger.get("a") is not None
 
-    def test_closing_makes_the_waiting_writes_and_refuses_others(self, path: Path) -> None:
-        ledger = Ledger(path)
+    def test_closing_makes_the_waiting_writes_and_refuses_others(self, path: Location) -> None:
+        ledger = writer(path)
 
         async def close() -> None:
             waiting = [asyncio.create_task(ledger.admit(admission(f"{number}"))) for number in range(50)]
@@ -173,20 +182,20 @@ class TestProtocol:
 
         asyncio.run(close())
         ledger.close()
-        with Ledger(path), LedgerReader(path) as reader:
+        with writer(path), LedgerReader(path) as reader:
             assert len(list(reader.records())) == 50
 
 
 class TestGroupCommit:
-    def test_whatever_waits_is_one_transaction(self, path: Path) -> None:
+    def test_whatever_waits_is_one_transaction(self, file: Path) -> None:
         """The first write holds the thread until the others wait."""
-        connection = connect_writer(path)
+        connection = schema.connect_writer(file)
         statements: list[str] = []
         connection.set_trace_callback(statements.append)
         commits = GroupCommit(connection)
         started, may_end = threading.Event(), threading.Event()
 
-        def hold(_: sqlite3.Connection) -> None:
+        def hold(_: Connection) -> None:
             started.set()
             may_end.wait()
 
@@ -202,10 +211,10 @@ class TestGroupCommit:
         commits.close()
         assert statements.count("COMMIT") == 2
 
-    def test_a_bug_in_one_write_does_not_end_the_thread(self, path: Path) -> None:
+    def test_a_bug_in_one_write_does_not_end_the_thread(self, path: Location) -> None:
         commits = GroupCommit(connect_writer(path))
 
-        def fail(_: sqlite3.Connection) -> None:
+        def fail(_: Connection) -> None:
             raise KeyError("a bug")
 
         with pytest.raises(LedgerUnavailable, match="a bug"):
@@ -213,11 +222,11 @@ class TestGroupCommit:
         asyncio.run(commits.write(lambda _: None))
         commits.close()
 
-    def test_a_loop_that_is_gone_does_not_end_the_thread(self, path: Path) -> None:
+    def test_a_loop_that_is_gone_does_not_end_the_thread(self, path: Location) -> None:
         commits = GroupCommit(connect_writer(path))
         started, may_end = threading.Event(), threading.Event()
 
-        def hold(_: sqlite3.Connection) -> None:
+        def hold(_: Connection) -> None:
             started.set()
             may_end.wait()
 
@@ -234,7 +243,7 @@ class TestGroupCommit:
 
 class TestReading:
     @pytest.fixture
-    def reader(self, ledger: Ledger, path: Path) -> Iterator[LedgerReader]:
+    def reader(self, ledger: SqlLedger, path: Location) -> Iterator[LedgerReader]:
         async def fill() -> None:
             for number in range(6):
                 at = NOON + timedelta(hours=number)
@@ -269,16 +278,16 @@ class TestReading:
         since = NOON + timedelta(hours=4)
         assert [totals.num_invocations for totals in reader.totals(since=since)] == [1, 1]
 
-    def test_a_reader_sees_what_is_written_after_it_opened(self, ledger: Ledger, reader: LedgerReader) -> None:
+    def test_a_reader_sees_what_is_written_after_it_opened(self, ledger: SqlLedger, reader: LedgerReader) -> None:
         record = asyncio.run(invoke(ledger, admission("later")))
         assert reader.get("later") == record
 
     def test_a_reader_cannot_write(self, reader: LedgerReader) -> None:
-        with pytest.raises(LedgerUnavailable, match="readonly"):
+        with pytest.raises(LedgerUnavailable, match=r"read-?only"):
             list(reader._rows("DELETE FROM invocations", ()))
 
-    def test_a_ledger_without_a_writer_can_be_read(self, path: Path) -> None:
-        with Ledger(path) as ledger:
+    def test_a_ledger_without_a_writer_can_be_read(self, path: Location) -> None:
+        with writer(path) as ledger:
             record = asyncio.run(invoke(ledger, admission("a")))
         with LedgerReader(path) as reader:
             assert reader.get("a") == record
@@ -290,8 +299,8 @@ class TestReading:
 
 
 class TestOpening:
-    def test_two_writers_share_a_ledger(self, ledger: Ledger, path: Path) -> None:
-        with Ledger(path) as other:
+    def test_two_writers_share_a_ledger(self, ledger: SqlLedger, path: Location) -> None:
+        with writer(path) as other:
             asyncio.run(invoke(ledger, admission("a")))
             asyncio.run(invoke(other, admission("b")))
             with pytest.raises(RequestIdInUse):
@@ -299,37 +308,37 @@ class TestOpening:
         with LedgerReader(path) as reader:
             assert {record.request_id for record in reader.records()} == {"a", "b"}
 
-    def test_a_second_writer_does_not_close_what_the_first_has_open(self, ledger: Ledger, path: Path) -> None:
+    def test_a_second_writer_does_not_close_what_the_first_has_open(self, ledger: SqlLedger, path: Location) -> None:
         asyncio.run(ledger.admit(admission("a")))
-        Ledger(path).close()
+        writer(path).close()
         assert ledger.get("a") is None
         asyncio.run(ledger.finish(stopped(admission("a"))))
 
-    def test_what_a_killed_writer_left_open_is_closed_once_it_is_alone(self, ledger: Ledger, path: Path) -> None:
-        run_doomed(path, "checkpoint")
-        Ledger(path).close()
-        assert ledger.get("late") is None
-        ledger.close()
-        with Ledger(path) as alone:
+    def test_what_a_killed_writer_left_open_is_closed_once_it_is_alone(self, file: Path) -> None:
+        with Ledger(file) as ledger:
+            run_doomed(file, "checkpoint")
+            Ledger(file).close()
+            assert ledger.get("late") is None
+        with Ledger(file) as alone:
             record = alone.get("late")
         assert record is not None
         assert (record.finish_reason, record.completion_tokens) == (FinishReason.CRASHED, 2)
 
-    def test_a_closed_ledger_is_one_file(self, path: Path, tmp_path: Path) -> None:
-        with Ledger(path) as ledger:
+    def test_a_closed_ledger_is_one_file(self, file: Path, tmp_path: Path) -> None:
+        with Ledger(file) as ledger:
             asyncio.run(invoke(ledger, admission("a")))
         copy = tmp_path / "copy.db"
-        copy.write_bytes(path.read_bytes())
+        copy.write_bytes(file.read_bytes())
         with LedgerReader(copy) as reader:
             assert reader.get("a") is not None
 
-    def test_a_closed_ledger_can_be_opened_again(self, path: Path) -> None:
+    def test_a_closed_ledger_can_be_opened_again(self, path: Location) -> None:
         for number in range(3):
-            with Ledger(path) as ledger:
+            with writer(path) as ledger:
                 asyncio.run(invoke(ledger, admission(f"{number}")))
 
-    def test_a_commit_waits_for_the_disk(self, path: Path) -> None:
-        connection = connect_writer(path)
+    def test_a_commit_waits_for_the_disk(self, file: Path) -> None:
+        connection = schema.connect_writer(file)
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
         assert connection.execute("PRAGMA synchronous").fetchone() == (2,), "2 is FULL"
         connection.close()
@@ -338,36 +347,36 @@ class TestOpening:
         Ledger(tmp_path / "a" / "b" / "usage.db").close()
         assert (tmp_path / "a" / "b" / "usage.db").exists()
 
-    def test_a_newer_ledger_is_refused_by_both(self, path: Path) -> None:
-        Ledger(path).close()
-        set_version(path, LEDGER_VERSION + 1)
+    def test_a_newer_ledger_is_refused_by_both(self, file: Path) -> None:
+        Ledger(file).close()
+        set_version(file, LEDGER_VERSION + 1)
         for opener in (Ledger, LedgerReader):
             with pytest.raises(
                 StartupError,
                 match=rf"has ledger version {LEDGER_VERSION + 1}; this version of Pilotlight reads {LEDGER_VERSION}$",
             ):
-                opener(path)
+                opener(file)
 
-    def test_what_is_not_a_database_is_refused_by_both(self, path: Path) -> None:
-        path.write_text("not a database, but long enough to be looked at as one" * 100)
+    def test_what_is_not_a_database_is_refused_by_both(self, file: Path) -> None:
+        file.write_text("not a database, but long enough to be looked at as one" * 100)
         for opener in (Ledger, LedgerReader):
             with pytest.raises(ConfigError, match=r"cannot be used as a usage ledger \(file is not a database\)"):
-                opener(path)
+                opener(file)
 
-    def test_another_database_is_no_ledger(self, path: Path) -> None:
-        with sqlite3.connect(path) as connection:
+    def test_another_database_is_no_ledger(self, file: Path) -> None:
+        with sqlite3.connect(file) as connection:
             connection.execute("CREATE TABLE other (id)")
         connection.close()
         with pytest.raises(ConfigError, match="is not a usage ledger"):
-            LedgerReader(path)
+            LedgerReader(file)
 
-    def test_a_refused_opening_lets_go_of_the_lock(self, path: Path) -> None:
-        Ledger(path).close()
-        set_version(path, LEDGER_VERSION + 1)
+    def test_a_refused_opening_lets_go_of_the_lock(self, file: Path) -> None:
+        Ledger(file).close()
+        set_version(file, LEDGER_VERSION + 1)
         with pytest.raises(StartupError):
-            Ledger(path)
-        set_version(path, LEDGER_VERSION)
-        Ledger(path).close()
+            Ledger(file)
+        set_version(file, LEDGER_VERSION)
+        Ledger(file).close()
 
     def test_a_folder_that_is_a_file_is_one_line(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
@@ -382,16 +391,16 @@ class TestOpening:
         with pytest.raises(ConfigError, match="cannot be opened"):
             Ledger(tmp_path / "usage.db")
 
-    def test_a_ledger_that_is_a_folder_is_one_line(self, path: Path) -> None:
-        path.mkdir()
+    def test_a_ledger_that_is_a_folder_is_one_line(self, file: Path) -> None:
+        file.mkdir()
         with pytest.raises(ConfigError, match="cannot be used as a usage ledger"):
-            Ledger(path)
+            Ledger(file)
 
 
 class TestCrash:
-    def test_what_was_open_is_closed_at_its_last_checkpoint(self, path: Path) -> None:
+    def test_what_was_open_is_closed_at_its_last_checkpoint(self, path: Location) -> None:
         assert run_doomed(path, "checkpoint").returncode == -signal.SIGKILL
-        with Ledger(path) as ledger:
+        with writer(path) as ledger:
             early, late = ledger.get("early"), ledger.get("late")
         assert early is not None
         assert late is not None
@@ -400,16 +409,16 @@ class TestCrash:
         assert [early.cost_micros, late.cost_micros] == [0, 2_000_000]
         assert late.stop_detail == CRASH_DETAIL
         assert late.ttft_ms is None
-        with Ledger(path) as ledger:
+        with writer(path) as ledger:
             assert [ledger.get("early"), ledger.get("late")] == [early, late]
 
-    def test_a_crashed_invocation_cannot_be_finished_any_more(self, path: Path) -> None:
-        with Ledger(path) as ledger:
+    def test_a_crashed_invocation_cannot_be_finished_any_more(self, path: Location) -> None:
+        with writer(path) as ledger:
             asyncio.run(ledger.admit(admission("a")))
-        with Ledger(path) as ledger, pytest.raises(RequestNotFound):
+        with writer(path) as ledger, pytest.raises(RequestNotFound):
             asyncio.run(ledger.finish(stopped(admission("a"))))
 
-    def test_no_acknowledged_write_is_lost_and_none_doubled(self, path: Path) -> None:
+    def test_no_acknowledged_write_is_lost_and_none_doubled(self, path: Location) -> None:
         """The process says what was acknowledged, and is killed in the middle of it."""
         with doomed(path, "work") as process:
             assert process.stdout is not None
@@ -417,7 +426,7 @@ class TestCrash:
             process.kill()
             lines += process.stdout.readlines()
         acknowledged = [line.split() for line in lines if line.endswith("\n")]
-        with Ledger(path), LedgerReader(path) as reader:
+        with writer(path), LedgerReader(path) as reader:
             records = list(reader.records())
         reasons = {record.request_id: record.finish_reason for record in records}
         assert len(reasons) == len(records)
@@ -425,31 +434,31 @@ class TestCrash:
         assert {reasons[request_id] for step, request_id in acknowledged if step == "finished"} == {FinishReason.STOP}
         assert len(records) <= sum(step == "admitted" for step, _ in acknowledged) + NUM_WORKERS
 
+    @pytest.mark.parametrize("kind", KINDS)
     @settings(deadline=None, max_examples=25)
     @given(
-        st.lists(
+        steps=st.lists(
             st.tuples(st.sampled_from(["admit", "checkpoint", "finish", "crash"]), st.sampled_from("abc")),
             max_size=15,
         )
     )
     def test_any_order_of_steps_and_crashes_leaves_one_record_for_each_admission(
-        self, steps: list[tuple[str, str]]
+        self, kind: str, steps: list[tuple[str, str]]
     ) -> None:
         """A ledger that is closed leaves the same rows open as a process that is killed."""
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "usage.db"
+        with fresh(kind) as path:
             model = Model()
-            ledger = Ledger(path)
+            ledger = writer(path)
             for step, request_id in steps:
                 if step == "crash":
                     ledger.close()
-                    ledger = Ledger(path)
+                    ledger = writer(path)
                     model.crash()
                 else:
                     assert asyncio.run(take(ledger, step, request_id)) == model.take(step, request_id)
             ledger.close()
             model.crash()
-            with Ledger(path), LedgerReader(path) as reader:
+            with writer(path), LedgerReader(path) as reader:
                 found = {record.request_id: _end(record) for record in reader.records()}
             assert found == model.records
 
@@ -483,7 +492,7 @@ def _end(record: UsageRecord) -> tuple[FinishReason, int]:
     return record.finish_reason, record.completion_tokens
 
 
-async def take(ledger: Ledger, step: str, request_id: str) -> bool:
+async def take(ledger: SqlLedger, step: str, request_id: str) -> bool:
     try:
         if step == "admit":
             await ledger.admit(admission(request_id))
@@ -497,7 +506,12 @@ async def take(ledger: Ledger, step: str, request_id: str) -> bool:
 
 
 class TestFullDisk:
-    def test_a_full_database_refuses_and_then_works_again(self, ledger: Ledger) -> None:
+    @pytest.fixture
+    def ledger(self, file: Path) -> Iterator[Ledger]:
+        with Ledger(file) as ledger:
+            yield ledger
+
+    def test_a_full_database_refuses_and_then_works_again(self, ledger: SqlLedger) -> None:
         asyncio.run(limit_pages(ledger, 20))
         asyncio.run(ledger.admit(admission("before")))
         with pytest.raises(LedgerUnavailable, match="full"):
@@ -506,10 +520,10 @@ class TestFullDisk:
         asyncio.run(invoke(ledger, admission("after")))
         asyncio.run(ledger.finish(stopped(admission("before"))))
 
-    def test_a_failing_file_system_refuses_and_then_works_again(self, ledger: Ledger, path: Path) -> None:
+    def test_a_failing_file_system_refuses_and_then_works_again(self, ledger: SqlLedger, file: Path) -> None:
         asyncio.run(ledger.admit(admission("a")))
         record = stopped(admission("a"))
-        with files_that_cannot_grow(path.with_name("usage.db-wal").stat().st_size):
+        with files_that_cannot_grow(file.with_name("usage.db-wal").stat().st_size):
             for write in (ledger.admit(admission("b")), ledger.finish(record)):
                 with pytest.raises(LedgerUnavailable) as caught:
                     asyncio.run(write)
@@ -521,13 +535,13 @@ class TestFullDisk:
         assert ledger.get("a") == record
 
 
-async def admit_many(ledger: Ledger) -> None:
+async def admit_many(ledger: SqlLedger) -> None:
     for number in range(1_000):
         await ledger.admit(admission(f"{number}"))
 
 
-async def limit_pages(ledger: Ledger, max_pages: int) -> None:
-    def apply(connection: sqlite3.Connection) -> PilotlightError | None:
+async def limit_pages(ledger: SqlLedger, max_pages: int) -> None:
+    def apply(connection: Connection) -> PilotlightError | None:
         connection.execute(f"PRAGMA max_page_count = {max_pages}")
         return None
 
@@ -551,7 +565,8 @@ def set_version(path: Path, version: int) -> None:
 
 
 @contextmanager
-def doomed(path: Path, mode: str) -> Iterator[subprocess.Popen[str]]:
+def doomed(path: Location, mode: str) -> Iterator[subprocess.Popen[str]]:
+    cache_dir()
     command = [sys.executable, str(DOOMED_HOST), str(path), mode]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
@@ -560,7 +575,7 @@ def doomed(path: Path, mode: str) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
-def run_doomed(path: Path, mode: str) -> subprocess.CompletedProcess[str]:
+def run_doomed(path: Location, mode: str) -> subprocess.CompletedProcess[str]:
     with doomed(path, mode) as process:
         out, err = process.communicate()
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)

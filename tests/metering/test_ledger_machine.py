@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 import sqlite3
-import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -16,9 +14,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from admissions import MAX_NEW, PROMPT, admission, ended
+from ledgers import fresh, writer
 from pilotlight.errors import IdempotencyConflict, RequestIdInUse, RequestNotFound
 from pilotlight.metering.idempotency import Claim
-from pilotlight.metering.ledger import Ledger
 from pilotlight.metering.ledger_reader import LedgerReader
 from pilotlight.metering.marks import Mark
 from pilotlight.metering.outbox import Buried, Delivered, Postponed
@@ -36,11 +34,13 @@ claim_keys = st.sampled_from(["k1", "k2", None])
 class LedgerMachine(RuleBasedStateMachine):
     """The model: what is open and how far, how each record ended, who holds which claim, and which events arrived."""
 
+    kind = "sqlite"
+
     def __init__(self) -> None:
         super().__init__()
-        self.folder = Path(tempfile.mkdtemp())
-        self.path = self.folder / "usage.db"
-        self.ledger = Ledger(self.path)
+        self.place = fresh(self.kind)
+        self.path = self.place.__enter__()
+        self.ledger = writer(self.path)
         asyncio.run(self.ledger.subscribe(URL))
         self.open: dict[str, int] = {}
         self.ends: dict[str, tuple[FinishReason, int]] = {}
@@ -105,7 +105,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def crash(self) -> None:
         """A ledger that is closed leaves the same rows and marks as a process that is killed."""
         self.ledger.close()
-        self.ledger = Ledger(self.path)
+        self.ledger = writer(self.path)
         self.ends |= {request_id: (FinishReason.CRASHED, tokens) for request_id, tokens in self.open.items()}
         self.open.clear()
 
@@ -128,7 +128,7 @@ class LedgerMachine(RuleBasedStateMachine):
             assert sum(num_dead for _, _, num_dead in reader.outbox_counts()) == self.buried
             assert all(num_waiting == 0 for _, num_waiting, _ in reader.outbox_counts())
         self.ledger.close()
-        shutil.rmtree(self.folder)
+        self.place.__exit__(None, None, None)
 
 
 def _end(record: UsageRecord) -> tuple[FinishReason, int]:
@@ -137,6 +137,14 @@ def _end(record: UsageRecord) -> tuple[FinishReason, int]:
 
 TestLedgerMachine = LedgerMachine.TestCase
 TestLedgerMachine.settings = settings(deadline=None, max_examples=20, stateful_step_count=25)
+
+
+class PostgresMachine(LedgerMachine):
+    kind = "postgres"
+
+
+TestPostgresMachine = PostgresMachine.TestCase
+TestPostgresMachine.settings = settings(deadline=None, max_examples=6, stateful_step_count=25)
 
 
 @pytest.mark.parametrize("version", range(1, LEDGER_VERSION))
@@ -155,7 +163,7 @@ def test_a_ledger_of_any_earlier_version_goes_on(tmp_path: Path, version: int) -
     with LedgerReader(path) as reader:
         assert [found.request_id for found in reader.records()] == ["old"]
         assert reader.totals(("key", "day"))[0].completion_tokens == 2
-    with Ledger(path) as ledger:
+    with writer(path) as ledger:
         asyncio.run(ledger.admit(admission("new", None)))
         asyncio.run(ledger.finish(ended(admission("new", None), 1)))
         assert ledger.get("old") == record

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from datetime import timedelta
-from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -16,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from admissions import MAX_NEW, NOON, PROMPT, RESERVED, admission, ended
+from ledgers import KINDS, fresh, writer
 from pilotlight.errors import (
     InvalidKey,
     InvalidRequest,
@@ -24,33 +22,34 @@ from pilotlight.errors import (
     PilotlightError,
     RequestIdInUse,
 )
+from pilotlight.metering.database import Location, connect_reader
 from pilotlight.metering.keyring import KeyDesk
 from pilotlight.metering.keys import Limits
-from pilotlight.metering.ledger import Ledger
 from pilotlight.metering.ledger_reader import LedgerReader
 from pilotlight.metering.limits import Span, Use, periods, refusal
 from pilotlight.metering.record import Admission, utc_text
-from pilotlight.metering.schema import connect_reader
+from pilotlight.metering.sql_ledger import SqlLedger
 from pilotlight.metering.usage import Usage
 
 
-def make_key(path: Path, limits: Limits) -> str:
+def make_key(path: Location, limits: Limits) -> str:
     with KeyDesk(path) as desk:
         return desk.create("app", "acme", None, limits)[0].key_id
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "usage.db"
+@pytest.fixture(params=KINDS)
+def path(request: pytest.FixtureRequest) -> Iterator[Location]:
+    with fresh(request.param) as location:
+        yield location
 
 
 @pytest.fixture
-def ledger(path: Path) -> Iterator[Ledger]:
-    with Ledger(path) as ledger:
+def ledger(path: Location) -> Iterator[SqlLedger]:
+    with writer(path) as ledger:
         yield ledger
 
 
-async def outcomes(ledger: Ledger, admissions: list[Admission]) -> Counter[str]:
+async def outcomes(ledger: SqlLedger, admissions: list[Admission]) -> Counter[str]:
     found = await asyncio.gather(*(ledger.admit(each) for each in admissions), return_exceptions=True)
     return Counter(type(outcome).__name__ for outcome in found)
 
@@ -69,14 +68,14 @@ async def outcomes(ledger: Ledger, admissions: list[Admission]) -> Counter[str]:
     ],
     ids=str,
 )
-def test_of_1000_at_once_exactly_100_are_admitted(ledger: Ledger, path: Path, limits: Limits) -> None:
+def test_of_1000_at_once_exactly_100_are_admitted(ledger: SqlLedger, path: Location, limits: Limits) -> None:
     key_id = make_key(path, limits)
     found = asyncio.run(outcomes(ledger, [admission(f"{number}", key_id) for number in range(1000)]))
     assert found == {"Admitted": 100, "LimitExceeded": 900}
 
 
-def test_two_processes_share_one_budget(path: Path) -> None:
-    with Ledger(path) as one, Ledger(path) as two:
+def test_two_processes_share_one_budget(path: Location) -> None:
+    with writer(path) as one, writer(path) as two:
         key_id = make_key(path, Limits(tokens_per_day=10 * RESERVED))
 
         async def both() -> Counter[str]:
@@ -88,7 +87,7 @@ def test_two_processes_share_one_budget(path: Path) -> None:
         assert asyncio.run(both()) == {"Admitted": 10, "LimitExceeded": 90}
 
 
-def test_what_was_reserved_and_not_used_is_free_again(ledger: Ledger, path: Path) -> None:
+def test_what_was_reserved_and_not_used_is_free_again(ledger: SqlLedger, path: Location) -> None:
     key_id = make_key(path, Limits(tokens_per_day=2 * RESERVED))
 
     async def spend() -> None:
@@ -104,19 +103,19 @@ def test_what_was_reserved_and_not_used_is_free_again(ledger: Ledger, path: Path
     asyncio.run(spend())
 
 
-def test_a_restart_forgets_neither_use_nor_limits_and_releases_what_crashed(path: Path) -> None:
+def test_a_restart_forgets_neither_use_nor_limits_and_releases_what_crashed(path: Location) -> None:
     key_id = make_key(path, Limits(tokens_per_day=2 * RESERVED, max_concurrent=1))
-    with Ledger(path) as ledger:
+    with writer(path) as ledger:
         asyncio.run(ledger.admit(admission("a", key_id)))
         asyncio.run(ledger.checkpoint("a", Usage(prompt_tokens=PROMPT, completion_tokens=3)))
-    with Ledger(path) as ledger:
+    with writer(path) as ledger:
         asyncio.run(ledger.admit(admission("b", key_id)))
         asyncio.run(ledger.finish(ended(admission("b", key_id), completion_tokens=6)))
         with pytest.raises(LimitExceeded, match="17 are used or reserved"):
             asyncio.run(ledger.admit(admission("c", key_id)))
 
 
-def test_another_minute_is_another_limit_and_old_minutes_are_forgotten(ledger: Ledger, path: Path) -> None:
+def test_another_minute_is_another_limit_and_old_minutes_are_forgotten(ledger: SqlLedger, path: Location) -> None:
     key_id = make_key(path, Limits(requests_per_minute=1))
 
     async def minutes() -> None:
@@ -131,14 +130,14 @@ def test_another_minute_is_another_limit_and_old_minutes_are_forgotten(ledger: L
     assert [period for period in rows(path) if len(period) == 16] == ["2026-11-22T12:01"]
 
 
-def test_what_can_never_fit_is_a_bad_request(ledger: Ledger, path: Path) -> None:
+def test_what_can_never_fit_is_a_bad_request(ledger: SqlLedger, path: Location) -> None:
     key_id = make_key(path, Limits(tokens_per_minute=RESERVED - 1))
     with pytest.raises(InvalidRequest, match="may use up to 10 tokens; its key allows 9 tokens a minute") as caught:
         asyncio.run(ledger.admit(admission("a", key_id)))
     assert caught.value.param == "max_tokens"
 
 
-def test_budgets_are_a_quota_and_minutes_are_a_rate(ledger: Ledger, path: Path) -> None:
+def test_budgets_are_a_quota_and_minutes_are_a_rate(ledger: SqlLedger, path: Location) -> None:
     for limits, type, code in (
         (Limits(micros_per_day=RESERVED * 1_000_000), "insufficient_quota", "insufficient_quota"),
         (Limits(tokens_per_minute=RESERVED), "tokens", "rate_limit_exceeded"),
@@ -151,13 +150,13 @@ def test_budgets_are_a_quota_and_minutes_are_a_rate(ledger: Ledger, path: Path) 
         assert (caught.value.type, caught.value.code) == (type, code)
 
 
-def test_a_budget_in_another_currency_buys_nothing(ledger: Ledger, path: Path) -> None:
+def test_a_budget_in_another_currency_buys_nothing(ledger: SqlLedger, path: Location) -> None:
     key_id = make_key(path, Limits(micros_per_day=1, currency="EUR"))
     with pytest.raises(NotPermitted, match="the key's budget is in EUR, and 'demo' costs USD"):
         asyncio.run(ledger.admit(admission("a", key_id)))
 
 
-def test_a_key_that_was_revoked_after_the_door_is_refused(ledger: Ledger, path: Path) -> None:
+def test_a_key_that_was_revoked_after_the_door_is_refused(ledger: SqlLedger, path: Location) -> None:
     key_id = make_key(path, Limits())
     with KeyDesk(path) as desk:
         desk.revoke(key_id)
@@ -194,7 +193,7 @@ def test_a_budget_says_when_the_next_one_begins(span: Span, limits: Limits, left
     assert refused.retry_after_s == left.total_seconds()
 
 
-def rows(path: Path) -> dict[str, Use]:
+def rows(path: Location) -> dict[str, Use]:
     connection = connect_reader(path)
     query = "SELECT period, num_requests, num_tokens, micros FROM key_use ORDER BY period"
     found = {period: Use(*counts) for period, *counts in connection.execute(query)}
@@ -207,13 +206,14 @@ class KeyInUse(RuleBasedStateMachine):
 
     opened = Bundle("opened")
     LIMIT = 5 * RESERVED
+    kind = "sqlite"
 
     def __init__(self) -> None:
         super().__init__()
-        self.folder = Path(tempfile.mkdtemp())
-        self.path = self.folder / "usage.db"
+        self.place = fresh(self.kind)
+        self.path = self.place.__enter__()
         self.key_id = make_key(self.path, Limits(tokens_per_day=self.LIMIT, max_concurrent=3))
-        self.ledger = Ledger(self.path)
+        self.ledger = writer(self.path)
         self.open: set[str] = set()
         self.ended_tokens = 0
 
@@ -242,7 +242,7 @@ class KeyInUse(RuleBasedStateMachine):
     def crash(self) -> None:
         """A ledger that is closed leaves the same rows as a process that is killed; nothing was checkpointed."""
         self.ledger.close()
-        self.ledger = Ledger(self.path)
+        self.ledger = writer(self.path)
         self.open.clear()
 
     @invariant()
@@ -261,8 +261,16 @@ class KeyInUse(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         self.ledger.close()
-        shutil.rmtree(self.folder)
+        self.place.__exit__(None, None, None)
 
 
 TestKeyInUse = KeyInUse.TestCase
 TestKeyInUse.settings = settings(deadline=None, max_examples=20, stateful_step_count=25)
+
+
+class PostgresKeyInUse(KeyInUse):
+    kind = "postgres"
+
+
+TestPostgresKeyInUse = PostgresKeyInUse.TestCase
+TestPostgresKeyInUse.settings = settings(deadline=None, max_examples=6, stateful_step_count=25)

@@ -131,6 +131,6 @@ def test_any_order_of_steps_leaves_the_last_note_of_what_is_open(
         (file,) = path.parent.glob("usage.db.marks-*")
         with file.open("ab") as torn:
             torn.write(b"x" * num_torn_bytes)
+        marks.end()
         left = LeftMarks(path)
         assert [left.get(request_id) for request_id in "abcd"] == [expected.get(each, Mark()) for each in "abcd"]
-        marks.end()

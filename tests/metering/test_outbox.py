@@ -5,27 +5,35 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from admissions import admission, ended
+from ledgers import KINDS, fresh, writer
 from pilotlight.config import EventSettings
 from pilotlight.host.courier import Courier
 from pilotlight.metering.cloud_event import MAX_DELAY_S, delay_s
-from pilotlight.metering.ledger import Ledger
+from pilotlight.metering.database import Location
 from pilotlight.metering.ledger_reader import LedgerReader
+from pilotlight.metering.sql_ledger import SqlLedger
 from receiver import Receiver, receiver
 
 NUM_EVENTS = 200
+
+
+@pytest.fixture(params=KINDS)
+def path(request: pytest.FixtureRequest) -> Iterator[Location]:
+    with fresh(request.param) as location:
+        yield location
 
 
 def settings_for(server: Receiver, **changes: Any) -> EventSettings:
     return EventSettings(**{"url": server.url, "first_retry_s": 0.001, "max_attempts": 1000, **changes})
 
 
-async def invoke(ledger: Ledger, request_id: str) -> str:
+async def invoke(ledger: SqlLedger, request_id: str) -> str:
     admitted = admission(request_id, None)
     record = ended(admitted, completion_tokens=2)
     await ledger.admit(admitted)
@@ -33,18 +41,18 @@ async def invoke(ledger: Ledger, request_id: str) -> str:
     return record.event_id
 
 
-async def deliver_all(ledger: Ledger, settings: EventSettings) -> None:
+async def deliver_all(ledger: SqlLedger, settings: EventSettings) -> None:
     courier = Courier(ledger, settings)
-    with LedgerReader(ledger.path) as reader:
+    with LedgerReader(ledger.location) as reader:
         while any(num_waiting for _, num_waiting, _ in reader.outbox_counts()):
             await courier.deliver()
     courier.close()
 
 
-def test_a_receiver_that_fails_half_of_the_time_gets_every_event(tmp_path: Path) -> None:
+def test_a_receiver_that_fails_half_of_the_time_gets_every_event(path: Location) -> None:
     with (
         receiver(["none", "none", "none", "refuse", "forget", "hang up"]) as server,
-        Ledger(tmp_path / "u.db") as ledger,
+        writer(path) as ledger,
     ):
 
         async def scenario() -> list[str]:
@@ -63,8 +71,8 @@ def test_a_receiver_that_fails_half_of_the_time_gets_every_event(tmp_path: Path)
     assert all(event["data"] == once[event["id"]] for event in server.events)
 
 
-def test_an_event_is_a_cloud_event_with_its_record(tmp_path: Path) -> None:
-    with receiver(["none"]) as server, Ledger(tmp_path / "u.db") as ledger:
+def test_an_event_is_a_cloud_event_with_its_record(path: Location) -> None:
+    with receiver(["none"]) as server, writer(path) as ledger:
 
         async def scenario() -> None:
             await ledger.subscribe(server.url)
@@ -89,14 +97,13 @@ def test_an_event_is_a_cloud_event_with_its_record(tmp_path: Path) -> None:
     assert headers["authorization"] == "Bearer x"
 
 
-def test_a_crash_is_told_too_and_a_restart_forgets_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "u.db"
+def test_a_crash_is_told_too_and_a_restart_forgets_nothing(path: Location) -> None:
     with receiver(["none"]) as server:
-        with Ledger(path) as ledger:
+        with writer(path) as ledger:
             asyncio.run(ledger.subscribe(server.url))
             asyncio.run(invoke(ledger, "finished"))
             asyncio.run(ledger.admit(admission("cut off", None)))
-        with Ledger(path) as ledger:
+        with writer(path) as ledger:
             asyncio.run(deliver_all(ledger, settings_for(server)))
     assert [(event["subject"], event["data"]["finish_reason"]) for event in server.events] == [
         ("finished", "stop"),
@@ -104,9 +111,8 @@ def test_a_crash_is_told_too_and_a_restart_forgets_nothing(tmp_path: Path) -> No
     ]
 
 
-def test_what_fails_too_often_is_a_dead_letter(tmp_path: Path) -> None:
-    path = tmp_path / "u.db"
-    with receiver(["refuse"]) as server, Ledger(path) as ledger, LedgerReader(path) as reader:
+def test_what_fails_too_often_is_a_dead_letter(path: Location) -> None:
+    with receiver(["refuse"]) as server, writer(path) as ledger, LedgerReader(path) as reader:
 
         async def scenario() -> None:
             await ledger.subscribe(server.url)
@@ -118,9 +124,8 @@ def test_what_fails_too_often_is_a_dead_letter(tmp_path: Path) -> None:
     assert server.num_requests == 3
 
 
-def test_nobody_is_told_without_a_subscription_or_after_it(tmp_path: Path) -> None:
-    path = tmp_path / "u.db"
-    with Ledger(path) as ledger, LedgerReader(path) as reader:
+def test_nobody_is_told_without_a_subscription_or_after_it(path: Location) -> None:
+    with writer(path) as ledger, LedgerReader(path) as reader:
         asyncio.run(invoke(ledger, "before"))
         asyncio.run(ledger.subscribe("http://127.0.0.1:1/"))
         asyncio.run(invoke(ledger, "while"))
@@ -129,11 +134,10 @@ def test_nobody_is_told_without_a_subscription_or_after_it(tmp_path: Path) -> No
         assert reader.outbox_counts() == [("http://127.0.0.1:1/", 1, 0)]
 
 
-def test_an_unreachable_receiver_is_tried_again_later(tmp_path: Path) -> None:
-    path = tmp_path / "u.db"
+def test_an_unreachable_receiver_is_tried_again_later(path: Location) -> None:
     with receiver(["none"]) as server:
         url = server.url
-    with Ledger(path) as ledger, LedgerReader(path) as reader:
+    with writer(path) as ledger, LedgerReader(path) as reader:
         asyncio.run(ledger.subscribe(url))
         asyncio.run(invoke(ledger, "a"))
         courier = Courier(ledger, EventSettings(url=url, first_retry_s=100))

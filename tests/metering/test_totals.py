@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import tempfile
 from datetime import timedelta
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -15,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from admissions import NOON, admission
+from ledgers import KINDS, fresh, writer
 from pilotlight.errors import ConfigError
-from pilotlight.metering.ledger import Ledger
 from pilotlight.metering.ledger_reader import LedgerReader
 from pilotlight.metering.machine_cost import MS_PER_HOUR, ReplicaTime, micros_per_hour, share_out
 from pilotlight.metering.record import UsageRecord, final_record
+from pilotlight.metering.sql_ledger import SqlLedger
 from pilotlight.metering.totals import GROUPS, Margin
 from pilotlight.metering.usage import Timings, Usage
 from pilotlight.request import FinishReason
@@ -77,7 +76,7 @@ spent = st.lists(
 )
 
 
-async def fill(ledger: Ledger, invoked: list[Invoked], times: list[ReplicaTime]) -> list[UsageRecord]:
+async def fill(ledger: SqlLedger, invoked: list[Invoked], times: list[ReplicaTime]) -> list[UsageRecord]:
     records = []
     for number, one in enumerate(invoked):
         admitted = msgspec.structs.replace(
@@ -95,41 +94,40 @@ async def fill(ledger: Ledger, invoked: list[Invoked], times: list[ReplicaTime])
     return records
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @settings(deadline=None, max_examples=30)
-@given(invocations, spent, st.none() | st.integers(0, 60))
+@given(invoked=invocations, times=spent, since_hours=st.none() | st.integers(0, 60))
 def test_every_grouping_sums_up_to_the_ledger(
-    invoked: list[Invoked], times: list[ReplicaTime], since_hours: int | None
+    kind: str, invoked: list[Invoked], times: list[ReplicaTime], since_hours: int | None
 ) -> None:
     since = None if since_hours is None else NOON + timedelta(hours=since_hours)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "usage.db"
-        with Ledger(path) as ledger, LedgerReader(path) as reader:
-            asyncio.run(fill(ledger, invoked, times))
-            records = list(reader.records(since=since))
-            expected = _sums([msgspec.structs.asdict(record) for record in records], "USD")
-            machine = None
-            for by in GROUPINGS:
-                rows = reader.totals(by, since)
-                assert _sums([msgspec.structs.asdict(row) for row in rows], "USD") == expected, by
-                assert sum(row.num_invocations for row in rows) == len(records)
-                assert len({(row.currency, *row.group.values()) for row in rows}) == len(rows)
-                found = sum(row.machine_micros for row in rows)
-                assert machine in (None, found), by
-                machine = found
-            margins = reader.margins(since)
-            assert sum(margin.busy_micros for margin in margins) == machine
-            assert sum(margin.cost_micros for margin in margins) == sum(record.cost_micros for record in records)
+    with fresh(kind) as path, writer(path) as ledger, LedgerReader(path) as reader:
+        asyncio.run(fill(ledger, invoked, times))
+        records = list(reader.records(since=since))
+        expected = _sums([msgspec.structs.asdict(record) for record in records], "USD")
+        machine = None
+        for by in GROUPINGS:
+            rows = reader.totals(by, since)
+            assert _sums([msgspec.structs.asdict(row) for row in rows], "USD") == expected, by
+            assert sum(row.num_invocations for row in rows) == len(records)
+            assert len({(row.currency, *row.group.values()) for row in rows}) == len(rows)
+            found = sum(row.machine_micros for row in rows)
+            assert machine in (None, found), by
+            machine = found
+        margins = reader.margins(since)
+        assert sum(margin.busy_micros for margin in margins) == machine
+        assert sum(margin.cost_micros for margin in margins) == sum(record.cost_micros for record in records)
 
 
 def _sums(rows: list[dict[str, Any]], currency: str) -> list[int]:
     return [sum(row[name] for row in rows if row["currency"] == currency) for name in COUNTS]
 
 
-def test_a_replica_costs_while_it_works_and_while_it_waits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_replica_costs_while_it_works_and_while_it_waits(kind: str) -> None:
     invoked = [Invoked("a", t, None, "USD", 0, 0, ms) for t, ms in (("x", 1000), ("y", 3000))]
     hour = ReplicaTime("r", "a", "2026-11-22", "USD", 900_000, MS_PER_HOUR, MS_PER_HOUR // 9)
-    path = tmp_path / "usage.db"
-    with Ledger(path) as ledger, LedgerReader(path) as reader:
+    with fresh(kind) as path, writer(path) as ledger, LedgerReader(path) as reader:
         asyncio.run(fill(ledger, invoked, [hour]))
         by_tenant = {row.group["tenant"]: row.machine_micros for row in reader.totals(("tenant",))}
         assert by_tenant == {"x": 25_000, "y": 75_000}

@@ -59,9 +59,10 @@ def invoke(
 
 async def _invoke(artifact: Path, settings: Settings, request: Any, quiet: bool) -> tuple[str, UsageRecord]:
     from pilotlight.host.inprocess import open_function
-    from pilotlight.metering.ledger import Ledger
+    from pilotlight.metering.database import located
+    from pilotlight.metering.opening import open_ledger
 
-    with Ledger(Path(settings.host.ledger)) as ledger:
+    with open_ledger(located(settings.host.ledger), cache_dir=settings.host.cache_dir) as ledger:
         of_function = FunctionSettings(artifact=str(artifact), num_slots=1)
         function = open_function(artifact.name, of_function, settings.host, ledger)
         try:

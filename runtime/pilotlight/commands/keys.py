@@ -5,12 +5,16 @@ from __future__ import annotations
 import re
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 import msgspec
 
 from pilotlight.commands.table import table
 from pilotlight.config import load_settings
+
+if TYPE_CHECKING:
+    from pilotlight.metering.database import Location
 
 _ledger = click.option("--ledger", help="The usage ledger, which also holds the keys [default: pilotlight.db].")
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line.")
@@ -68,7 +72,7 @@ def create(
 
     if re.fullmatch(r"[A-Z]{3}", str(limits["currency"])) is None:
         raise click.BadParameter("expected the three letters of a currency, such as USD", param_hint="--currency")
-    with KeyDesk(_path(ledger)) as desk:
+    with KeyDesk(_location(ledger)) as desk:
         allowed = msgspec.convert(limits, Limits)
         key, token = desk.create(name, tenant or name, functions or None, allowed, admin=admin)
     if as_json:
@@ -85,7 +89,7 @@ def list_keys(ledger: str | None, as_json: bool) -> None:
     """List all keys, without their secrets."""
     from pilotlight.metering.keyring import KeyDesk
 
-    with KeyDesk(_path(ledger)) as desk:
+    with KeyDesk(_location(ledger)) as desk:
         found = desk.listed()
     if as_json:
         for listed in found:
@@ -121,7 +125,7 @@ def revoke(key_id: str, ledger: str | None) -> None:
     """End the key KEY_ID at once and for good. Its records stay."""
     from pilotlight.metering.keyring import KeyDesk
 
-    with KeyDesk(_path(ledger)) as desk:
+    with KeyDesk(_location(ledger)) as desk:
         desk.revoke(key_id)
     click.echo(f"key {key_id} is revoked", err=True)
 
@@ -138,12 +142,14 @@ def rotate(key_id: str, grace: str, ledger: str | None) -> None:
     if match is None:
         raise click.BadParameter(f"{grace!r} is not a span such as 24h or 7d", param_hint="--grace")
     span = timedelta(hours=int(match[1]) * (24 if match[2] == "d" else 1))
-    with KeyDesk(_path(ledger)) as desk:
+    with KeyDesk(_location(ledger)) as desk:
         click.echo(desk.rotate(key_id, span))
 
 
-def _path(ledger: str | None) -> Path:
-    return Path(load_settings(None, ledger=ledger).host.ledger)
+def _location(ledger: str | None) -> Location:
+    from pilotlight.metering.database import located
+
+    return located(load_settings(None, ledger=ledger).host.ledger)
 
 
 @keys.command()

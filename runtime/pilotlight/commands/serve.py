@@ -65,6 +65,8 @@ def _function_name(name: str | None, artifact: Path) -> str:
 
 
 def _announce(url: str, settings: Settings, functions: Mapping[str, Function]) -> None:
+    from pilotlight.metering.database import shown
+
     for name, function in functions.items():
         manifest = function.artifact.manifest
         click.echo(
@@ -72,5 +74,5 @@ def _announce(url: str, settings: Settings, functions: Mapping[str, Function]) -
             f"context {function.max_context_tokens:,}, {settings.functions[name].num_slots} slots, "
             f"starts when it is called"
         )
-    click.echo(f"serving {url}/v1   usage ledger {settings.host.ledger}")
+    click.echo(f"serving {url}/v1   usage ledger {shown(settings.host.ledger)}")
     sys.stdout.flush()

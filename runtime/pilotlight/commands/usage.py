@@ -62,9 +62,10 @@ def usage(
     if reprice != (config is not None):
         raise click.UsageError("--reprice and --config go together")
     start = None if since is None else _start(since)
+    from pilotlight.metering.database import located
     from pilotlight.metering.ledger_reader import LedgerReader
 
-    with LedgerReader(Path(load_settings(None, ledger=ledger).host.ledger)) as reader:
+    with LedgerReader(located(load_settings(None, ledger=ledger).host.ledger)) as reader:
         if records:
             found = [msgspec.to_builtins(record) for record in reader.records(function, start, limit)]
         elif margin:

@@ -32,11 +32,12 @@ def export_records(file: Path | None, form: str, ledger: str | None) -> None:
 
     Parquet needs a FILE and the extra `pilotlight[parquet]`. `jws` are signed receipts, the earliest first.
     """
+    from pilotlight.metering.database import located
     from pilotlight.metering.ledger_reader import LedgerReader
 
     if form == "parquet" and file is None:
         raise click.UsageError("parquet is written into a FILE")
-    with LedgerReader(Path(load_settings(None, ledger=ledger).host.ledger)) as reader:
+    with LedgerReader(located(load_settings(None, ledger=ledger).host.ledger)) as reader:
         if form == "parquet":
             assert file is not None
             _write_parquet(file, reader.records())

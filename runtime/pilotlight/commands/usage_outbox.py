@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 import msgspec
 
@@ -17,18 +15,17 @@ from pilotlight.config import load_settings
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line.")
 def show_outbox(retry_dead: bool, ledger: str | None, as_json: bool) -> None:
     """Show how many usage events wait for each receiver, and how many were given up."""
+    from pilotlight.metering.database import connect_writer, located, transaction
     from pilotlight.metering.ledger_reader import LedgerReader
     from pilotlight.metering.outbox import revive
-    from pilotlight.metering.schema import connect_writer
 
-    path = Path(load_settings(None, ledger=ledger).host.ledger)
-    with LedgerReader(path) as reader:
+    location = located(load_settings(None, ledger=ledger).host.ledger)
+    with LedgerReader(location) as reader:
         if retry_dead:
-            connection = connect_writer(path)
+            connection = connect_writer(location)
             try:
-                connection.execute("BEGIN IMMEDIATE")
-                num_revived = revive(connection)
-                connection.execute("COMMIT")
+                with transaction(connection):
+                    num_revived = revive(connection)
             finally:
                 connection.close()
             click.echo(f"{num_revived} dead letters are tried again", err=True)

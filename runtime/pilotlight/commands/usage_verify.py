@@ -38,7 +38,8 @@ def _receipts(file: Path | None, ledger: str | None) -> Iterator[str]:
         with file.open(encoding="utf-8") as lines:
             yield from (line.strip() for line in lines if line.strip())
         return
+    from pilotlight.metering.database import located
     from pilotlight.metering.ledger_reader import LedgerReader
 
-    with LedgerReader(Path(load_settings(None, ledger=ledger).host.ledger)) as reader:
+    with LedgerReader(located(load_settings(None, ledger=ledger).host.ledger)) as reader:
         yield from reader.receipts()

@@ -27,10 +27,12 @@ from pilotlight.host.pooled import Surroundings, cache_dir, open_pooled
 from pilotlight.host.replica_meter import Rate, ReplicaMeter, Seen
 from pilotlight.host.swap import HostControl
 from pilotlight.host.verified import Verified
+from pilotlight.metering.database import located
 from pilotlight.metering.keyring import Keyring
-from pilotlight.metering.ledger import Ledger
 from pilotlight.metering.machine_cost import micros_per_hour
+from pilotlight.metering.opening import open_ledger
 from pilotlight.metering.signing import Signer
+from pilotlight.metering.sql_ledger import SqlLedger
 
 BACKLOG = 2048
 CLOSE_TIMEOUT_S = 5
@@ -51,11 +53,11 @@ def run(settings: Settings, on_ready: OnReady) -> None:
 
 async def _serve(settings: Settings, on_ready: OnReady) -> None:
     # the port first: a start in vain should not load a model
-    path = Path(settings.host.ledger)
+    ledger_at = located(settings.host.ledger)
     with (
         _bind(settings.host) as listener,
-        Ledger(path, _signer(settings.host)) as ledger,
-        Keyring(path) as keyring,
+        open_ledger(ledger_at, _signer(settings.host), settings.host.cache_dir) as ledger,
+        Keyring(ledger_at) as keyring,
         ResponseStore.open(settings.host) as responses,
     ):
         _check_is_guarded(settings.host, keyring)
@@ -125,7 +127,7 @@ class _Server(uvicorn.Server):
 
 
 async def _clerks(
-    settings: Settings, functions: Mapping[str, Function], ledger: Ledger, meter: ReplicaMeter
+    settings: Settings, functions: Mapping[str, Function], ledger: SqlLedger, meter: ReplicaMeter
 ) -> list[asyncio.Task[None]]:
     """Tell the ledger what prices mean and who is told of records, and start what writes and tells beside the rest."""
     for function in functions.values():
@@ -149,7 +151,7 @@ def _signer(host: HostSettings) -> Signer | None:
     return Signer.from_file(Path(host.signing_key)) if host.signing_key else None
 
 
-def _kept_answers(host: HostSettings, ledger: Ledger) -> KeptAnswers:
+def _kept_answers(host: HostSettings, ledger: SqlLedger) -> KeptAnswers:
     return KeptAnswers(
         ledger,
         host.resume_window_s,

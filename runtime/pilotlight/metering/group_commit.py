@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sqlite3
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,10 +11,11 @@ from queue import Empty, SimpleQueue
 from threading import Thread
 
 from pilotlight.errors import LedgerUnavailable, PilotlightError
+from pilotlight.metering.database import FAILURES, Connection
 
 MAX_GROUP_WRITES = 1_000
 
-Apply = Callable[[sqlite3.Connection], PilotlightError | None]
+Apply = Callable[[Connection], PilotlightError | None]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,7 +28,7 @@ class _Write:
 class GroupCommit:
     """Writes for asyncio callers. The thread owns ``connection``, which is in autocommit mode, until ``close``."""
 
-    def __init__(self, connection: sqlite3.Connection) -> None:
+    def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._inbox: SimpleQueue[_Write | None] = SimpleQueue()
         self._closed = False
@@ -87,7 +87,7 @@ class GroupCommit:
 
     def _roll_back(self) -> None:
         if self._connection.in_transaction:
-            with suppress(sqlite3.Error):
+            with suppress(*FAILURES):
                 self._connection.execute("ROLLBACK")
 
 

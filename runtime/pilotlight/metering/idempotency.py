@@ -6,10 +6,10 @@ first one crashed or never ran: then it is the next attempt. The answer is kept 
 
 from __future__ import annotations
 
-import sqlite3
 from typing import NamedTuple
 
 from pilotlight.errors import IdempotencyConflict
+from pilotlight.metering.database import Connection
 from pilotlight.request import FinishReason
 
 RETRIED = frozenset({FinishReason.CRASHED, FinishReason.REJECTED})
@@ -55,7 +55,7 @@ class Claimed(NamedTuple):
         return self.finish in RETRIED
 
 
-def find(connection: sqlite3.Connection, claim: Claim) -> Claimed | None:
+def find(connection: Connection, claim: Claim) -> Claimed | None:
     """Return the claim that holds, if there is one."""
     row = connection.execute(_FIND, (claim.caller, claim.idempotency_key, claim.now)).fetchone()
     if row is None:
@@ -64,7 +64,7 @@ def find(connection: sqlite3.Connection, claim: Claim) -> Claimed | None:
     return Claimed(fingerprint, request_id, attempt, None if finish is None else FinishReason(finish), answer)
 
 
-def next_attempt(connection: sqlite3.Connection, claim: Claim) -> int | IdempotencyConflict:
+def next_attempt(connection: Connection, claim: Claim) -> int | IdempotencyConflict:
     """Return which attempt a request would be, or why it is none."""
     held = find(connection, claim)
     if held is None:
@@ -72,7 +72,7 @@ def next_attempt(connection: sqlite3.Connection, claim: Claim) -> int | Idempote
     return conflict_of(held, claim) or held.attempt + 1
 
 
-def book(connection: sqlite3.Connection, claim: Claim, request_id: str, attempt: int) -> None:
+def book(connection: Connection, claim: Claim, request_id: str, attempt: int) -> None:
     """Claim the key for a request, and forget what has expired."""
     connection.execute(_FORGET, (claim.now,))
     row = (claim.caller, claim.idempotency_key, claim.fingerprint, request_id, attempt, claim.expires_at)
@@ -91,6 +91,6 @@ def conflict_of(held: Claimed, claim: Claim) -> IdempotencyConflict | None:
     )
 
 
-def keep(connection: sqlite3.Connection, request_id: str, answer: bytes) -> None:
+def keep(connection: Connection, request_id: str, answer: bytes) -> None:
     """Keep the answer of a request beside its claim."""
     connection.execute(_KEEP, (answer, request_id))

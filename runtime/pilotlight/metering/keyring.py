@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Self
 
 import msgspec
 
 from pilotlight.errors import ConfigError, LedgerUnavailable
+from pilotlight.metering.database import FAILURES, Connection, Location, connect_reader, connect_writer, transaction
 from pilotlight.metering.keys import Key, Limits, Secret, matches, new_key_id, new_token, split_token
 from pilotlight.metering.record import utc_text
-from pilotlight.metering.schema import connect_reader, connect_writer
 
 _ACTIVE = """
 SELECT key, salt, hash FROM keys JOIN key_secrets USING (key_id)
@@ -33,14 +31,14 @@ class ListedKey(msgspec.Struct, frozen=True):
 class Keyring:
     """A read-only view of a ledger's keys; every call sees what was changed before it."""
 
-    def __init__(self, path: Path) -> None:
-        """Open the keys of the ledger at ``path``.
+    def __init__(self, location: Location) -> None:
+        """Open the keys of the ledger at ``location``.
 
         Raises:
             StartupError: a newer version of Pilotlight wrote it.
             ConfigError: there is none, it cannot be opened or it is not a ledger.
         """
-        self._connection = connect_reader(path)
+        self._connection = connect_reader(location)
 
     @property
     def guarded(self) -> bool:
@@ -61,7 +59,7 @@ class Keyring:
         key_id, secret = split_token(token) or ("", "")
         try:
             rows = self._connection.execute(_ACTIVE, (key_id, utc_text(datetime.now(UTC)))).fetchall()
-        except sqlite3.Error as error:
+        except FAILURES as error:
             raise _unreadable(error) from error
         if not rows:
             matches(secret, _NOBODY)  # an unknown key id takes as long as a wrong secret
@@ -83,7 +81,7 @@ class Keyring:
     def _one(self, statement: str) -> bool:
         try:
             (found,) = self._connection.execute(statement).fetchone()
-        except sqlite3.Error as error:
+        except FAILURES as error:
             raise _unreadable(error) from error
         return bool(found)
 
@@ -91,15 +89,14 @@ class Keyring:
 class KeyDesk:
     """Creates, lists, revokes and rotates the keys of a ledger. Each change is one transaction."""
 
-    def __init__(self, path: Path) -> None:
-        """Open the ledger at ``path``, or create it.
+    def __init__(self, location: Location) -> None:
+        """Open the ledger at ``location``, or create it.
 
         Raises:
             StartupError: a newer version of Pilotlight wrote it.
             ConfigError: it cannot be opened.
         """
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._connection = connect_writer(path)
+        self._connection = connect_writer(location)
 
     def create(
         self, name: str, tenant: str, functions: tuple[str, ...] | None, limits: Limits, *, admin: bool = False
@@ -150,7 +147,8 @@ class KeyDesk:
             self._check_is_usable(key_id)
             now = datetime.now(UTC)
             connection.execute(
-                "UPDATE key_secrets SET expires_at_utc = min(coalesce(expires_at_utc, :end), :end) WHERE key_id = :id",
+                "UPDATE key_secrets SET expires_at_utc = CASE WHEN expires_at_utc < :end THEN expires_at_utc "
+                "ELSE :end END WHERE key_id = :id",
                 {"end": utc_text(now + grace), "id": key_id},
             )
             connection.execute("DELETE FROM key_secrets WHERE expires_at_utc <= ?", (utc_text(now),))
@@ -179,17 +177,13 @@ class KeyDesk:
             raise ConfigError(f"the key {key_id!r} was revoked at {row[0]}")
 
     @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
+    def _transaction(self) -> Iterator[Connection]:
         try:
-            self._connection.execute("BEGIN IMMEDIATE")
-            yield self._connection
-            self._connection.execute("COMMIT")
-        except sqlite3.Error as error:
+            with transaction(self._connection) as connection:
+                yield connection
+        except FAILURES as error:
             raise LedgerUnavailable(f"the keys cannot be changed ({error})") from error
-        finally:
-            if self._connection.in_transaction:
-                self._connection.execute("ROLLBACK")
 
 
-def _unreadable(error: sqlite3.Error) -> LedgerUnavailable:
+def _unreadable(error: Exception) -> LedgerUnavailable:
     return LedgerUnavailable(f"the API keys cannot be read ({error})")

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
-from pathlib import Path
 from typing import Any, Self
 
 import msgspec
 
 from pilotlight.errors import LedgerUnavailable
 from pilotlight.metering import outbox
+from pilotlight.metering.database import FAILURES, Location, connect_reader
 from pilotlight.metering.idempotency import Claim, Claimed, find
 from pilotlight.metering.record import UsageRecord, utc_text
-from pilotlight.metering.schema import connect_reader
 from pilotlight.metering.signing import receipt
 from pilotlight.metering.totals import Margin, Totals, margins, totals
 
+_ALL = 2**63 - 1
 _RECORD = "SELECT record FROM invocations WHERE request_id = ? AND record IS NOT NULL"
 _RECEIPT = "SELECT record, signature FROM invocations WHERE request_id = ? AND signature IS NOT NULL"
 _RECEIPTS = """
@@ -36,14 +35,14 @@ ORDER BY number DESC LIMIT :limit
 class LedgerReader:
     """A read-only view of a ledger; every call sees what was committed before it."""
 
-    def __init__(self, path: Path) -> None:
-        """Open the ledger at ``path``.
+    def __init__(self, location: Location) -> None:
+        """Open the ledger at ``location``.
 
         Raises:
             StartupError: a newer version of Pilotlight wrote it.
             ConfigError: there is none, it cannot be opened or it is not a ledger.
         """
-        self._connection = connect_reader(path)
+        self._connection = connect_reader(location)
 
     def get(self, request_id: str) -> UsageRecord | None:
         """Return the record of a finished invocation.
@@ -70,7 +69,7 @@ class LedgerReader:
         Raises:
             LedgerUnavailable: the ledger cannot be read.
         """
-        filters = {"function": function, "since": _since(since), "limit": -1 if limit is None else limit}
+        filters = {"function": function, "since": _since(since), "limit": _ALL if limit is None else limit}
         for row in self._rows(_RECORDS, filters):
             yield _record(row)
 
@@ -147,7 +146,7 @@ class LedgerReader:
 def _readable() -> Iterator[None]:
     try:
         yield
-    except sqlite3.Error as error:
+    except FAILURES as error:
         raise LedgerUnavailable(f"the usage ledger cannot be read ({error})") from error
 
 

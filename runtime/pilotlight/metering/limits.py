@@ -7,7 +7,6 @@ between a check and a booking, and nothing that a restart forgets.
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -17,6 +16,7 @@ from typing import NamedTuple
 import msgspec
 
 from pilotlight.errors import InvalidKey, InvalidRequest, LimitExceeded, NotPermitted, PilotlightError
+from pilotlight.metering.database import Connection
 from pilotlight.metering.keys import Key, Limits
 from pilotlight.metering.record import Admission, UsageRecord
 
@@ -102,7 +102,7 @@ def refusal(limits: Limits, asked: Use, used: Mapping[Span, Use], now: datetime)
     return None
 
 
-def reserve(connection: sqlite3.Connection, admission: Admission) -> Standing | PilotlightError:
+def reserve(connection: Connection, admission: Admission) -> Standing | PilotlightError:
     """Take what an invocation could use from the limits of its key, or return why it may not."""
     row = connection.execute("SELECT key FROM keys WHERE key_id = ? AND revoked_at_utc IS NULL", (admission.key_id,))
     if (found := row.fetchone()) is None:
@@ -123,15 +123,15 @@ def reserve(connection: sqlite3.Connection, admission: Admission) -> Standing | 
         connection.execute(forget, (admission.key_id, spans[Span.MINUTE]))
     book = """
         INSERT INTO key_use VALUES (?, ?, ?, ?, ?) ON CONFLICT (key_id, period) DO UPDATE SET
-        num_requests = num_requests + excluded.num_requests, num_tokens = num_tokens + excluded.num_tokens,
-        micros = micros + excluded.micros
+        num_requests = key_use.num_requests + excluded.num_requests,
+        num_tokens = key_use.num_tokens + excluded.num_tokens, micros = key_use.micros + excluded.micros
     """
     connection.executemany(book, [(admission.key_id, period, *asked) for period in spans.values()])
     taken = Use(*(a + b for a, b in zip(used[Span.MINUTE], asked, strict=True)))
     return Standing(limits, taken, _left_s(Span.MINUTE, now))
 
 
-def settle(connection: sqlite3.Connection, record: UsageRecord) -> None:
+def settle(connection: Connection, record: UsageRecord) -> None:
     """Replace what the invocation had reserved by what it used."""
     if record.key_id is None:
         return
@@ -149,7 +149,7 @@ def settle(connection: sqlite3.Connection, record: UsageRecord) -> None:
         connection.execute(book, (*change, record.key_id, period))
 
 
-def _used(connection: sqlite3.Connection, key_id: str, spans: Mapping[Span, str]) -> dict[Span, Use]:
+def _used(connection: Connection, key_id: str, spans: Mapping[Span, str]) -> dict[Span, Use]:
     query = "SELECT num_requests, num_tokens, micros FROM key_use WHERE key_id = ? AND period = ?"
     rows = {span: connection.execute(query, (key_id, period)).fetchone() for span, period in spans.items()}
     return {span: Use(*(row or ())) for span, row in rows.items()}

@@ -2,11 +2,12 @@
 
 A token is noted here before it is delivered. The note is one small write into the system's page cache, without a sync:
 it survives the process, though not the machine, for which the ledger's checkpoints are. A file belongs to one process,
-and the next one that has the ledger to itself reads it and takes it away.
+which holds a lock on it; whoever closes what that process left open reads it and takes it away.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import secrets
@@ -42,15 +43,23 @@ class Marks:
         Raises:
             ConfigError: it cannot be created.
         """
-        self._path = ledger.with_name(f"{ledger.name}.marks-{secrets.token_hex(8)}")
+        self.owner = secrets.token_hex(8)
+        self._path = ledger.with_name(f"{ledger.name}.marks-{self.owner}")
         try:
-            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            self._file = _create_locked(self._path)
         except OSError as error:
             raise ConfigError(f"{self._path}: cannot be created ({error.strerror})") from error
         self._slots: dict[str, int] = {}
         self._free: list[int] = []
         self._num_slots = 0
         self._ended = False
+
+    def __contains__(self, request_id: object) -> bool:
+        return request_id in self._slots
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield the ids of the open invocations."""
+        return iter(list(self._slots))
 
     def open(self, request_id: str) -> bool:
         """Make a slot for an invocation; False when it has one already.
@@ -101,11 +110,13 @@ class Marks:
 
 
 class LeftMarks:
-    """The marks that former processes left beside a ledger."""
+    """The marks that former processes left beside a ledger. ``owners`` are those processes."""
 
     def __init__(self, ledger: Path) -> None:
-        self._paths = sorted(ledger.parent.glob(f"{ledger.name}.marks-*"))
-        self._marks = {digest: mark for path in self._paths for digest, mark in _slots(path.read_bytes())}
+        found = {path: _left(path) for path in sorted(ledger.parent.glob(f"{ledger.name}.marks-*"))}
+        self._paths = [path for path, content in found.items() if content is not None]
+        self._marks = {digest: mark for content in found.values() for digest, mark in _slots(content or b"")}
+        self.owners = [path.name.rpartition("-")[2] for path in self._paths]
 
     def get(self, request_id: str) -> Mark:
         """Return how far an invocation was; nothing was noted before its first token."""
@@ -115,6 +126,25 @@ class LeftMarks:
         """Remove the files."""
         for path in self._paths:
             path.unlink(missing_ok=True)
+
+
+def _create_locked(path: Path) -> int:
+    """Create a file that has a lock as long as it has its name, until this process ends."""
+    unlocked = path.with_name(f"new-{path.name}")
+    file = os.open(unlocked, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    fcntl.flock(file, fcntl.LOCK_EX)
+    unlocked.rename(path)
+    return file
+
+
+def _left(path: Path) -> bytes | None:
+    """Return the content of a file whose process is gone; None where it lives, or another one was quicker."""
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return file.read()
+    except (BlockingIOError, FileNotFoundError):
+        return None
 
 
 def _slots(content: bytes) -> Iterator[tuple[bytes, Mark]]:

@@ -6,9 +6,10 @@ attempts. A receiver removes repetitions by the event's source and id.
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Iterable
 from typing import NamedTuple
+
+from pilotlight.metering.database import Connection
 
 _SUBSCRIBED = "SELECT url FROM subscriptions"
 _PUT = "INSERT INTO outbox (url, request_id) SELECT url, ? FROM subscriptions"
@@ -24,7 +25,7 @@ _REVIVE = "INSERT INTO outbox (url, request_id) SELECT url, request_id FROM dead
 _COUNT = """
 SELECT url, sum(waiting), sum(dead) FROM (
     SELECT url, 1 AS waiting, 0 AS dead FROM outbox UNION ALL SELECT url, 0, 1 FROM dead_letters
-) GROUP BY url ORDER BY url
+) AS counted GROUP BY url ORDER BY url
 """
 
 
@@ -60,24 +61,24 @@ class Buried(NamedTuple):
 Outcome = Delivered | Postponed | Buried
 
 
-def subscribe(connection: sqlite3.Connection, url: str | None) -> None:
+def subscribe(connection: Connection, url: str | None) -> None:
     """Have every record from now on delivered to one receiver, or to none."""
     connection.execute("DELETE FROM subscriptions")
     if url is not None:
         connection.execute("INSERT INTO subscriptions VALUES (?)", (url,))
 
 
-def put(connection: sqlite3.Connection, request_id: str) -> None:
+def put(connection: Connection, request_id: str) -> None:
     """Note that the record of an invocation has to be delivered, if anybody wants it."""
     connection.execute(_PUT, (request_id,))
 
 
-def due(connection: sqlite3.Connection, url: str, now: float, limit: int) -> list[DueEvent]:
+def due(connection: Connection, url: str, now: float, limit: int) -> list[DueEvent]:
     """Return what has to be delivered now, the longest due first."""
     return [DueEvent(*row) for row in connection.execute(_DUE, (url, now, limit))]
 
 
-def settle(connection: sqlite3.Connection, outcomes: Iterable[Outcome]) -> None:
+def settle(connection: Connection, outcomes: Iterable[Outcome]) -> None:
     """Note what became of deliveries."""
     for outcome in outcomes:
         match outcome:
@@ -91,13 +92,13 @@ def settle(connection: sqlite3.Connection, outcomes: Iterable[Outcome]) -> None:
                 connection.execute("DELETE FROM outbox WHERE number = ?", (number,))
 
 
-def revive(connection: sqlite3.Connection) -> int:
+def revive(connection: Connection) -> int:
     """Put all dead letters back, and return how many they are."""
     revived = connection.execute(_REVIVE).rowcount
     connection.execute("DELETE FROM dead_letters")
     return revived
 
 
-def counts(connection: sqlite3.Connection) -> list[tuple[str, int, int]]:
+def counts(connection: Connection) -> list[tuple[str, int, int]]:
     """Return how many events wait for each receiver and how many are dead letters."""
     return connection.execute(_COUNT).fetchall()

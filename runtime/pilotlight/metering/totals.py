@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
 
+from pilotlight.metering.database import Connection
 from pilotlight.metering.machine_cost import MS_PER_HOUR, share_out
 
 GROUPS = {
@@ -59,7 +59,7 @@ class Margin(msgspec.Struct, frozen=True):
     margin_micros: int
 
 
-def totals(connection: sqlite3.Connection, by: Sequence[str], since: str | None) -> list[Totals]:
+def totals(connection: Connection, by: Sequence[str], since: str | None) -> list[Totals]:
     """Return the sums of each group, in the order of the groups; ``by`` names some of ``GROUPS``."""
     columns = ", ".join(["currency", *(GROUPS[name] for name in by)])
     query = f"SELECT {columns}, {_SUMS} FROM invocations WHERE {_COUNTED} GROUP BY {columns} ORDER BY {columns}"  # noqa: S608
@@ -82,7 +82,7 @@ def totals(connection: sqlite3.Connection, by: Sequence[str], since: str | None)
     return sorted(found, key=lambda row: [value or "" for value in row.group.values()])
 
 
-def margins(connection: sqlite3.Connection, since: str | None) -> list[Margin]:
+def margins(connection: Connection, since: str | None) -> list[Margin]:
     """Return what each function earned and cost."""
     earned = {(row.group["function"], row.currency): row for row in totals(connection, ("function",), since)}
     alive: dict[tuple[str | None, str], int] = defaultdict(int)
@@ -102,12 +102,15 @@ def _margin(function: str, currency: str, earned: Totals | None, machine_micros:
     return Margin(function, currency, num_invocations, cost_micros, busy_micros, warm_micros, left)
 
 
-def _machine_micros(connection: sqlite3.Connection, by: Sequence[str], since: str | None) -> dict[tuple[Any, ...], int]:
+def _machine_micros(connection: Connection, by: Sequence[str], since: str | None) -> dict[tuple[Any, ...], int]:
     """Share out the busy time of each function's replicas of a day among the invocations that began on it."""
     columns = ", ".join(["currency", *(GROUPS[name] for name in by)])
     query = f"""
         SELECT function, substr(started_at_utc, 1, 10), {_COUNTED}, sum(busy), {columns}
-        FROM (SELECT *, json_extract(record, '$.busy_ms') AS busy FROM invocations WHERE record IS NOT NULL)
+        FROM (
+            SELECT *, CAST(json_extract(record, '$.busy_ms') AS BIGINT) AS busy
+            FROM invocations WHERE record IS NOT NULL
+        ) AS recorded
         WHERE :since IS NULL OR started_at_utc >= substr(:since, 1, 10)
         GROUP BY 1, 2, 3, {columns}
     """  # noqa: S608

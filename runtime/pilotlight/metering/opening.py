@@ -1,0 +1,39 @@
+"""One way to open a ledger to write, wherever it is."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from pilotlight.errors import ConfigError
+from pilotlight.metering.database import Location
+from pilotlight.metering.ledger import Ledger
+from pilotlight.metering.signing import Signer
+from pilotlight.metering.sql_ledger import SqlLedger
+
+
+def open_ledger(location: Location, signer: Signer | None = None, cache_dir: str = "") -> SqlLedger:
+    """Open the ledger at ``location`` to write, and create it where there is none.
+
+    Marks that don't lie beside a file are kept in ``cache_dir``; without one, they are lost with their process.
+
+    Raises:
+        StartupError: a newer version of Pilotlight wrote it.
+        ConfigError: it cannot be opened.
+    """
+    if isinstance(location, Path):
+        return Ledger(location, signer)
+    from pilotlight.metering.postgres_ledger import PostgresLedger
+
+    return PostgresLedger(location, _marks_dir(cache_dir), signer)
+
+
+def _marks_dir(cache_dir: str) -> Path:
+    if not cache_dir:
+        return Path(tempfile.mkdtemp(prefix="pilotlight-"))
+    folder = Path(cache_dir).expanduser() / "marks"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be created ({error.strerror})") from error
+    return folder
