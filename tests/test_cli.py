@@ -47,6 +47,7 @@ COMMANDS = {
     "verify": "Compare an artifact with its source again.",
     "evaluate": "Find the smallest artifact that is good enough.",
     "inspect": "Describe an artifact and verify its checksums.",
+    "seal": "Encrypt an artifact for its recipients, and sign it.",
     "ps": "Show the functions of a running server.",
     "swap": "Serve another artifact under a function's name.",
     "bench": "Measure an artifact's speed, and where the time of a step goes.",

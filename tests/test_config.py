@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from pilotlight.confidential.key_release import UnsealSettings
 from pilotlight.config import LOOPBACK, EventSettings, FunctionSettings, HostSettings, Settings, load_settings
 from pilotlight.errors import ConfigError
 from pilotlight.metering.price_schedule import PriceSchedule
@@ -172,8 +173,8 @@ def test_the_example_holds_the_defaults() -> None:
 
 def test_the_example_mentions_every_setting() -> None:
     keys = set(re.findall(r"^(?:# )?(\w+) = ", EXAMPLE.read_text(encoding="utf-8"), re.MULTILINE))
-    tables = {"prices"}
-    structs = (HostSettings, FunctionSettings, EventSettings)
+    tables = {"prices", "unseal"}
+    structs = (HostSettings, FunctionSettings, EventSettings, UnsealSettings)
     expected = {field.name for struct in structs for field in msgspec.structs.fields(struct)} | {"valid_from"}
     expected |= {field.name.replace("_micros", "") for field in msgspec.structs.fields(PriceTable)}
     assert keys == expected - tables

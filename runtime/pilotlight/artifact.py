@@ -33,7 +33,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Protocol
 
 import msgspec
 from msgspec import Meta
@@ -43,6 +43,7 @@ from pilotlight.errors import ArtifactError
 FORMAT_VERSION = 2
 """2 has ``probe`` in the manifest. Older ones are read as they are."""
 MANIFEST = "manifest.json"
+SEALED_MANIFEST = "sealed.json"
 GRAPH = "model.onnx"
 WEIGHTS = "model.onnx.data"
 PREFILL_GRAPH = "prefill.onnx"
@@ -140,13 +141,45 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return msgspec.json.format(msgspec.json.encode(self, order="sorted"), indent=2) + b"\n"
 
 
+class Grant(msgspec.Struct, array_like=True, frozen=True):
+    """What opens a sealed artifact once more: its key, and the digest of the sealed manifest that was found genuine."""
+
+    key: bytes
+    sealed_digest: str
+
+    def __repr__(self) -> str:
+        return f"Grant({self.sealed_digest!r})"
+
+
+class Contents(Protocol):
+    """The files of an artifact that are not on the disk as they are: whoever wants one gets its bytes in memory.
+
+    ``read_s`` is how long reading has taken so far.
+    """
+
+    read_s: float
+
+    @property
+    def grant(self) -> Grant: ...
+
+    def read(self, name: str) -> memoryview:
+        """Return a file's bytes, in memory that is the caller's. Raises ``ArtifactError`` where it was altered."""
+
+    def verify(self, name: str) -> None:
+        """Compare what is on the disk of one file with its checksums, as ``Artifact.verify_file`` does."""
+
+
 @dataclass(frozen=True)
 class Artifact:
-    """An artifact whose manifest was read and whose files all exist at their right size."""
+    """An artifact whose manifest was read and whose files all exist at their right size.
+
+    Where it has ``contents``, its files are not to be had under ``path``.
+    """
 
     path: Path
     manifest: Manifest
     digest: str
+    contents: Contents | None = None
 
     @property
     def graph_path(self) -> Path:
@@ -156,11 +189,30 @@ class Artifact:
     def tokenizer_path(self) -> Path:
         return self.path / TOKENIZER
 
+    @property
+    def grant(self) -> Grant | None:
+        """What another process needs to open this artifact; None where anybody can."""
+        return None if self.contents is None else self.contents.grant
+
+    def read(self, name: str) -> bytes | memoryview:
+        """Return one of the files.
+
+        Raises:
+            ArtifactError: it is missing, cannot be read, or was altered where that shows.
+        """
+        if self.contents is not None:
+            return self.contents.read(name)
+        path = self.path / name
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise ArtifactError(path, f"cannot be read ({error.strerror})") from error
+
     def optional_text(self, name: str) -> str | None:
         """Return an optional file's text, or None where the artifact has no such file."""
         if name not in self.manifest.files:
             return None
-        return (self.path / name).read_text(encoding="utf-8")
+        return str(self.read(name), "utf-8")
 
     def verify(self) -> None:
         """Compare every file with its checksum.
@@ -177,6 +229,9 @@ class Artifact:
         Raises:
             ArtifactError: the file was altered or cannot be read.
         """
+        if self.contents is not None:
+            self.contents.verify(name)
+            return
         path = self.path / name
         try:
             found = sha256_of(path)
@@ -202,6 +257,8 @@ def open_artifact(path: Path) -> Artifact:
     except FileNotFoundError as error:
         if not path.exists():
             raise ArtifactError(path, "does not exist") from error
+        if (path / SEALED_MANIFEST).exists():
+            raise ArtifactError(path, "is sealed, and no key for it is configured: docs/confidential.md") from error
         raise ArtifactError(manifest_path, "is missing, so this is not an artifact") from error
     except OSError as error:
         raise ArtifactError(manifest_path, f"cannot be read ({error.strerror})") from error

@@ -17,6 +17,7 @@ COMMANDS = {
     "verify": "exporter",
     "evaluate": "exporter",
     "inspect": "inspect",
+    "seal": "seal",
     "ps": "operate",
     "swap": "operate",
     "bench": "bench",

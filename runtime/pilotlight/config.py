@@ -58,7 +58,8 @@ class FunctionSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``share_prefixes`` are explained in ``engine.policy``.
     After ``max_duration_s`` an answer ends as if its length were reached. ``prices`` are decimal strings, see
     ``metering.prices``, in one table or in several with a ``valid_from``; ``replica_cost_per_hour`` is in their
-    currency. What scales and sleeps is described in docs/host.md.
+    currency. What scales and sleeps is described in docs/host.md. ``unseal`` says where the key of a sealed artifact
+    comes from, see ``confidential.key_release``.
     """
 
     artifact: str
@@ -81,6 +82,7 @@ class FunctionSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_queued_tokens: Positive = 65536
     replica_cost_per_hour: str = "0"
     prices: dict[str, str] | list[dict[str, str]] = {}
+    unseal: dict[str, str] = {}
 
 
 class EventSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -282,6 +282,7 @@ class _Progress:
             cold_start_ms=self.cold_start_ms,
             fork_ms=start.fork_ms,
             map_ms=start.map_ms,
+            unseal_ms=start.unseal_ms,
             session_ms=start.session_ms,
             warm_up_ms=start.warm_up_ms,
             prefill_ms=_ms(first_at - prefill_at),
@@ -318,7 +319,7 @@ class Function:
         self.replica_id = _new_replica_id(name)
         self._ledger = ledger
         self._observer: Observer = observer or _Unobserved()
-        self._tokenizer = Tokenizer(artifact.tokenizer_path)
+        self._tokenizer = Tokenizer.of(artifact)
         special_tokens = artifact.manifest.special_tokens
         self._template = load_chat_template(artifact, self._tokenizer.special_texts(special_tokens))
         self._default_sampling = _default_sampling(artifact)

@@ -95,6 +95,7 @@ class Start:
     map_ms: float
     session_ms: float
     warm_up_ms: float
+    unseal_ms: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,6 +81,7 @@ def test_a_record_holds_what_was_admitted_used_timed_and_charged() -> None:
         "cold_start_ms": 2,
         "fork_ms": 1.5,
         "map_ms": 0.0,
+        "unseal_ms": 0.0,
         "session_ms": 0.5,
         "warm_up_ms": 0.0,
         "prefill_ms": 3,

@@ -30,6 +30,7 @@ class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True):
     map_ms: float
     session_ms: float
     warm_up_ms: float
+    unseal_ms: float = 0.0
 
 
 class VersionStatus(msgspec.Struct, frozen=True, kw_only=True):

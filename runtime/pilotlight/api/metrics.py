@@ -17,7 +17,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 TTFT_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 TOKEN_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 
-STAGES = ("fork", "map", "session", "warm_up")
+STAGES = ("fork", "map", "unseal", "session", "warm_up")
 
 GAUGES: dict[str, tuple[str, Callable[[Signals], float]]] = {
     "pilotlight_num_requests_waiting": ("Requests in the queue.", lambda s: s.num_waiting),
@@ -44,6 +44,8 @@ class Stages(Protocol):
     def session_ms(self) -> float: ...
     @property
     def warm_up_ms(self) -> float: ...
+    @property
+    def unseal_ms(self) -> float: ...
 
 
 class Metrics:

@@ -15,16 +15,48 @@ if TYPE_CHECKING:
 @click.command(short_help="Describe an artifact and verify its checksums.")
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
-def inspect(artifact: Path, as_json: bool) -> None:
-    """Describe ARTIFACT and verify every checksum in it."""
-    from pilotlight.artifact import open_artifact
+@click.option("--publisher", type=click.Path(path_type=Path), help="Of a sealed artifact: whose signature counts.")
+def inspect(artifact: Path, as_json: bool, publisher: Path | None) -> None:
+    """Describe ARTIFACT and verify every checksum in it. No key is needed for a sealed one."""
+    from pilotlight.artifact import SEALED_MANIFEST, open_artifact
 
+    if (artifact / SEALED_MANIFEST).exists():
+        _inspect_sealed(artifact, as_json, publisher)
+        return
     opened = open_artifact(artifact)
     opened.verify()
     if as_json:
         click.echo(opened.manifest.encode().decode(), nl=False)
     else:
         click.echo(_description(opened))
+
+
+def _inspect_sealed(path: Path, as_json: bool, publisher: Path | None) -> None:
+    from pilotlight.confidential.extra import require_extra
+
+    require_extra()
+    from pilotlight.confidential.sealed_contents import verify_chunks
+    from pilotlight.confidential.sealed_manifest import decode_sealed_manifest, read_raw, read_signed
+    from pilotlight.metering.signing import read_verifying_key
+
+    raw = read_raw(path) if publisher is None else read_signed(path, read_verifying_key(publisher))
+    sealed = decode_sealed_manifest(raw, path)
+    verify_chunks(path, sealed)
+    if as_json:
+        click.echo(raw.decode(), nl=False)
+        return
+    total_bytes = sum(file.size_bytes for file in sealed.files.values())
+    lines = [
+        ("sealed artifact", sealed.artifact_digest),
+        *((f"recipient {recipient.kind}", recipient.id) for recipient in sealed.recipients),
+        *(
+            (f"  {name}", f"{file.size_bytes:>13,} bytes  {len(file.chunks):,} chunks")
+            for name, file in sealed.files.items()
+        ),
+        ("signature", "not verified: name the --publisher" if publisher is None else f"verified with {publisher}"),
+        ("checksums", f"all {len(sealed.files)} files verified, {total_bytes / 1e6:,.1f} MB"),
+    ]
+    click.echo("\n".join(f"{name:<24} {text}" for name, text in lines))
 
 
 def _description(artifact: Artifact) -> str:

@@ -159,3 +159,15 @@ def signing(file: Path) -> None:
     from pilotlight.metering.signing import make_signing_key
 
     click.echo(make_signing_key(file))
+
+
+@keys.command()
+@click.argument("file", type=click.Path(path_type=Path))
+def recipient(file: Path) -> None:
+    """Write a private key that artifacts can be sealed for into FILE, and the public one into FILE.pub."""
+    from pilotlight.confidential.extra import require_extra
+
+    require_extra()
+    from pilotlight.confidential.recipients import make_recipient_key
+
+    click.echo(make_recipient_key(file))

@@ -16,6 +16,8 @@ from pilotlight.errors import PilotlightError
 
 TIMEOUT_S = 4000
 
+STAGES = ("fork", "map", "unseal", "session", "warm_up")
+
 
 def _server(command: Any) -> Any:
     """Add the options that say which server is meant."""
@@ -110,7 +112,7 @@ def _rows(function: dict[str, Any]) -> list[dict[str, object]]:
                 **common, "replica": replica["id"], "state": replica["state"],
                 "slots": f"{replica['num_running']}/{replica['num_slots']}", **queue,
                 "memory_mb": _mb(replica["memory_bytes"]), "private_mb": _mb(replica["private_bytes"]),
-                "start_ms": round(sum(replica[f"{stage}_ms"] for stage in ("fork", "map", "session", "warm_up"))),
+                "start_ms": round(sum(replica[f"{stage}_ms"] for stage in STAGES)),
             })  # fmt: skip
         if not version["replicas"]:
             state = version["failure"] or f"{version['sleep']} sleep"

@@ -8,7 +8,7 @@ process gets its state back by replaying them.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from pilotlight.artifact import Artifact
+from pilotlight.artifact import TOKENIZER, Artifact
 from pilotlight.errors import EngineError
 
 if TYPE_CHECKING:
@@ -64,8 +64,14 @@ class GrammarState:
 class Grammars:
     """Compiles grammars for one artifact, and works out masks. Nothing is loaded before the first grammar comes."""
 
-    def __init__(self, tokenizer_path: Path, vocab_size: int, eos_ids: Sequence[int]) -> None:
-        self._tokenizer_path = tokenizer_path
+    def __init__(
+        self,
+        tokenizer_path: Path,
+        vocab_size: int,
+        eos_ids: Sequence[int],
+        read_tokenizer: Callable[[], bytes | memoryview] | None = None,
+    ) -> None:
+        self._read_tokenizer = read_tokenizer or tokenizer_path.read_bytes
         self._vocab_size = vocab_size
         self._eos_ids = list(eos_ids)
         self._tokenizer: LLTokenizer | None = None
@@ -77,7 +83,10 @@ class Grammars:
     @classmethod
     def of(cls, artifact: Artifact) -> Grammars:
         manifest = artifact.manifest
-        return cls(artifact.tokenizer_path, manifest.shapes.vocab_size, manifest.special_tokens.eos_ids)
+        special = manifest.special_tokens
+        return cls(
+            artifact.tokenizer_path, manifest.shapes.vocab_size, special.eos_ids, lambda: artifact.read(TOKENIZER)
+        )
 
     def compile(self, grammar: str, emitted_ids: Sequence[int], stop_ids: frozenset[int]) -> Future[GrammarState]:
         """Return the state of a grammar behind ``emitted_ids``, once it is compiled; EngineError where it cannot be."""
@@ -114,11 +123,11 @@ class Grammars:
         if self._tokenizer is None:
             from llguidance import LLTokenizer
 
-            path, eos = str(self._tokenizer_path), self._eos_ids or None
+            content, eos = str(self._read_tokenizer(), "utf-8"), self._eos_ids or None
             try:
-                self._tokenizer = LLTokenizer(path, n_vocab=self._vocab_size, eos_token=eos)
+                self._tokenizer = LLTokenizer(content, n_vocab=self._vocab_size, eos_token=eos)
             except ValueError:  # a tokenizer with more tokens than the model has
-                self._tokenizer = LLTokenizer(path, eos_token=eos)
+                self._tokenizer = LLTokenizer(content, eos_token=eos)
         return self._tokenizer
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import io
 import os
 import time
 from collections.abc import Iterable
@@ -115,7 +116,9 @@ class OnnxSession:
         there = [name for name in graphs if name in manifest.files]
 
         def load(name: str, cache: KvCache) -> _Graph:
-            if profile_prefix is None:
+            if artifact.contents is not None:
+                session = _open_in_memory(artifact, name, _options(num_threads))
+            elif profile_prefix is None:
                 session = _load(artifact, name, num_threads, kept)
             else:
                 session = _open(artifact.path / name, _profiling_options(num_threads, profile_prefix))
@@ -204,8 +207,8 @@ class _Staged:
             return None
         path = artifact.path / KV_SCALES
         try:
-            scales = np.load(path, allow_pickle=False)
-        except (OSError, ValueError) as error:
+            scales = np.load(io.BytesIO(artifact.read(KV_SCALES)), allow_pickle=False)
+        except (ArtifactError, OSError, ValueError, EOFError) as error:
             raise ArtifactError(path, "has no scales for the int8 cache") from error
         if scales.shape != (shapes.num_layers, 2, shapes.num_kv_heads, shapes.head_size) or scales.dtype != np.float32:
             raise ArtifactError(path, f"has scales of shape {scales.shape}, which is not this model's")
@@ -308,6 +311,21 @@ def _load(artifact: Artifact, name: str, num_threads: int, cache: GraphCache | N
         return _open(path, _options(num_threads))
 
 
+def _open_in_memory(artifact: Artifact, name: str, options: ort.SessionOptions) -> ort.InferenceSession:
+    """Open a graph whose bytes are nowhere on the disk; so nothing of it is kept there either.
+
+    ONNX Runtime copies the weights, so for a moment they are in memory twice.
+    """
+    graph = bytes(artifact.read(name))
+    weights = [file for file in artifact.manifest.files if file.endswith(".data") and file.encode() in graph]
+    buffers = [np.frombuffer(artifact.read(file), np.uint8) for file in weights]  # they outlive the call that gets them
+    options.add_external_initializers_from_files_in_memory(weights, buffers, [buffer.nbytes for buffer in buffers])
+    session = _open(artifact.path / name, options, graph)
+    del buffers
+    return_freed_memory()
+    return session
+
+
 def _open_and_keep(path: Path, target: Path, num_threads: int, manifest: Manifest) -> ort.InferenceSession:
     """Open what is written to ``target``: the graph as it was optimized, with its weights prepacked where that works.
 
@@ -382,9 +400,10 @@ def _profiling_options(num_threads: int, prefix: str) -> ort.SessionOptions:
     return options
 
 
-def _open(path: Path, options: ort.SessionOptions) -> ort.InferenceSession:
+def _open(path: Path, options: ort.SessionOptions, graph: bytes | None = None) -> ort.InferenceSession:
+    """Open the graph at ``path``, or the one given in its place."""
     try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(graph or str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's errors share no base class of their own
         cause = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ArtifactError(path, f"ONNX Runtime cannot load it ({cause})") from error

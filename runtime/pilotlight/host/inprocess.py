@@ -6,13 +6,13 @@ import os
 import time
 from pathlib import Path
 
-from pilotlight.artifact import open_artifact
 from pilotlight.config import FunctionSettings, HostSettings
 from pilotlight.engine.backend import EngineBackend
 from pilotlight.engine.grammar import Grammars
 from pilotlight.engine.policy import Policy
 from pilotlight.engine.session import OnnxSession
 from pilotlight.function import Function, Observer, UsageLedger
+from pilotlight.host.opening import open_for
 from pilotlight.host.sizing import max_context_tokens, num_cores
 from pilotlight.metering.price_schedule import PriceSchedule
 from pilotlight.metering.record import Capacity
@@ -28,7 +28,7 @@ def open_function(
         ConfigError: a setting does not fit the artifact.
     """
     prices = PriceSchedule.from_config(settings.prices, f"functions.{name}.prices")
-    artifact = open_artifact(Path(settings.artifact))
+    artifact = open_for(name, settings)
     artifact.verify()
     context = max_context_tokens(name, settings, artifact)
     num_threads = settings.num_threads or num_cores()

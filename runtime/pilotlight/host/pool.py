@@ -528,4 +528,4 @@ def _spec_of(spec: ReplicaSpec, replica_id: str, asked_at: float, num_warm_up_to
 
 def _start_of(stages: Stages, waited_s: float) -> Start:
     waited_ms = round(max(0.0, waited_s) * 1000, 3)
-    return Start(waited_ms, stages.fork_ms, stages.map_ms, stages.session_ms, stages.warm_up_ms)
+    return Start(waited_ms, stages.fork_ms, stages.map_ms, stages.session_ms, stages.warm_up_ms, stages.unseal_ms)

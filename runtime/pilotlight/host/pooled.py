@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pilotlight.api.metrics import Metrics
-from pilotlight.artifact import Artifact, open_artifact
+from pilotlight.artifact import Artifact
 from pilotlight.config import FunctionSettings, HostSettings
 from pilotlight.engine.policy import Policy as EnginePolicy
 from pilotlight.function import Function, UsageLedger
 from pilotlight.host.autoscaler import Policy
 from pilotlight.host.link import Launcher
 from pilotlight.host.machine import Machine
+from pilotlight.host.opening import open_for
 from pilotlight.host.pool import Pool, PoolSettings
 from pilotlight.host.sizing import kv_bytes, max_context_tokens, num_cores, weights_bytes
 from pilotlight.host.verified import Verified
@@ -41,7 +42,7 @@ def open_pooled(name: str, settings: FunctionSettings, around: Surroundings) -> 
         ConfigError: a setting does not fit the artifact.
     """
     prices = PriceSchedule.from_config(settings.prices, f"functions.{name}.prices")
-    artifact = open_artifact(Path(settings.artifact))
+    artifact = open_for(name, settings)
     around.verified.verify(artifact)
     context = max_context_tokens(name, settings, artifact)
     pool = Pool(_pool_settings(name, settings, around.host, artifact, context), around.launcher, around.machine,
@@ -82,6 +83,7 @@ def _pool_settings(
             num_threads=settings.num_threads or num_cores(),
             cache_dir=str(directory) if directory is not None else None,
             asked_at=0.0,
+            grant=artifact.grant,
         ),
         policy=Policy.from_settings(settings, num_slots),
         weights_bytes=weights_bytes(artifact),

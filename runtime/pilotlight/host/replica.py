@@ -17,11 +17,12 @@ from pathlib import Path
 
 import numpy as np
 
-from pilotlight.artifact import PREFILL_GRAPH, Artifact, open_artifact
+from pilotlight.artifact import PREFILL_GRAPH, Artifact
 from pilotlight.engine.engine import Engine, Event
 from pilotlight.engine.grammar import Grammars
 from pilotlight.engine.session import ALL_GRAPHS, OnnxSession, quickest_graphs, return_freed_memory
 from pilotlight.errors import PilotlightError
+from pilotlight.host.opening import reopen_artifact
 from pilotlight.host.wire import Abort, Beat, BlockingWire, Close, Failed, ReplicaSpec, Stages, Started, Step, Submit
 
 BEAT_INTERVAL_S = 1.0
@@ -34,7 +35,11 @@ class Loaded:
     artifact: Artifact
     session: OnnxSession
     map_ms: float
+    unseal_ms: float
     session_ms: float
+
+    def stages(self, origin: str, fork_ms: float, warm_up_ms: float) -> Stages:
+        return Stages(origin, fork_ms, self.map_ms, self.session_ms, warm_up_ms, self.unseal_ms)
 
 
 def load(spec: ReplicaSpec) -> Loaded:
@@ -44,12 +49,16 @@ def load(spec: ReplicaSpec) -> Loaded:
         ArtifactError: the artifact is damaged or cannot be loaded.
     """
     begun_at = time.monotonic()
-    artifact = open_artifact(Path(spec.artifact))
+    artifact = reopen_artifact(Path(spec.artifact), spec.grant)
     mapped_at = time.monotonic()
+    of_map_ms = _unseal_ms(artifact)
     # Where a request's tokens must not depend on what ran before it, they must not depend on the graph either.
     graphs = ALL_GRAPHS if spec.policy.deterministic else quickest_graphs(artifact.manifest)
     session = OnnxSession(artifact, spec.num_slots, spec.max_context_tokens, 1, _cache_dir(spec), graphs=graphs)
-    return Loaded(artifact, session, _ms(mapped_at - begun_at), _ms(time.monotonic() - mapped_at))
+    unseal_ms = _unseal_ms(artifact)
+    map_ms = _ms(mapped_at - begun_at) - of_map_ms
+    session_ms = _ms(time.monotonic() - mapped_at) - (unseal_ms - of_map_ms)
+    return Loaded(artifact, session, round(map_ms, 3), unseal_ms, round(session_ms, 3))
 
 
 def grow(spec: ReplicaSpec, loaded: Loaded) -> OnnxSession | None:
@@ -74,7 +83,7 @@ def run(spec: ReplicaSpec, connection: socket.socket) -> None:
     except (PilotlightError, MemoryError) as error:
         wire.send(Failed(problem_of(spec, error)))
         return
-    _serve(wire, loaded, spec, Stages("zygote", fork_ms, loaded.map_ms, loaded.session_ms, warm_up_ms))
+    _serve(wire, loaded, spec, loaded.stages("zygote", fork_ms, warm_up_ms))
 
 
 def run_from_template(spec: ReplicaSpec, connection: socket.socket, loaded: Loaded) -> None:
@@ -161,6 +170,11 @@ def _cache_dir(spec: ReplicaSpec) -> Path | None:
 def _end_process(args: object) -> None:
     """A replica whose engine died is no replica; the host sees its end and moves its sequences."""
     os._exit(70)
+
+
+def _unseal_ms(artifact: Artifact) -> float:
+    """Return how long decrypting has taken so far."""
+    return 0.0 if artifact.contents is None else _ms(artifact.contents.read_s)
 
 
 def _ms(seconds: float) -> float:

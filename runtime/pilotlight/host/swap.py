@@ -183,4 +183,5 @@ def _replica(replica: Replica, pool: Pool) -> ReplicaStatus:
         map_ms=stages.map_ms if stages is not None else 0.0,
         session_ms=stages.session_ms if stages is not None else 0.0,
         warm_up_ms=stages.warm_up_ms if stages is not None else 0.0,
+        unseal_ms=stages.unseal_ms if stages is not None else 0.0,
     )

@@ -39,6 +39,11 @@ class Verified:
         Raises:
             ArtifactError: a file was altered.
         """
+        if (
+            artifact.contents is not None
+        ):  # sealed for machines whose disk is not trusted, and so neither are notes on it
+            artifact.verify()
+            return
         fresh = {}
         for name, entry in artifact.manifest.files.items():
             path = artifact.path / name

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 import msgspec
 
+from pilotlight.artifact import Grant
 from pilotlight.engine.policy import Policy
 from pilotlight.request import Sequence, Signals, TokenEvent
 
@@ -25,8 +26,9 @@ _LENGTH = struct.Struct("<I")
 class Stages(msgspec.Struct, array_like=True, frozen=True):
     """How long each stage of a replica's start took; together they are the time from the wish to the ready replica.
 
-    ``fork_ms`` also holds the message to the zygote; ``map_ms`` is the artifact's manifest and files, ``session_ms``
-    ONNX Runtime and the KV cache. ``origin`` is what the replica was forked from: ``zygote`` or ``template``.
+    ``fork_ms`` also holds the message to the zygote; ``map_ms`` is the artifact's manifest and files, ``unseal_ms`` the
+    decryption of a sealed one, ``session_ms`` ONNX Runtime and the KV cache. ``origin`` is what the replica was forked
+    from: ``zygote`` or ``template``.
     """
 
     origin: str = "zygote"
@@ -34,10 +36,11 @@ class Stages(msgspec.Struct, array_like=True, frozen=True):
     map_ms: float = 0.0
     session_ms: float = 0.0
     warm_up_ms: float = 0.0
+    unseal_ms: float = 0.0
 
 
 class ReplicaSpec(msgspec.Struct, array_like=True, frozen=True):
-    """All that a replica has to know. ``asked_at`` is a monotonic instant."""
+    """All that a replica has to know. ``asked_at`` is a monotonic instant; ``grant`` opens a sealed artifact."""
 
     replica_id: str
     artifact: str
@@ -48,6 +51,7 @@ class ReplicaSpec(msgspec.Struct, array_like=True, frozen=True):
     cache_dir: str | None
     asked_at: float
     num_warm_up_tokens: int = 0
+    grant: Grant | None = None
 
 
 class Submit(msgspec.Struct, array_like=True, tag=0, frozen=True):

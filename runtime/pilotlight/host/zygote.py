@@ -30,7 +30,6 @@ from pilotlight.host.wire import (
     ForkTemplate,
     FromZygote,
     ReplicaSpec,
-    Stages,
     Unfit,
     encode,
     to_zygote,
@@ -149,7 +148,7 @@ def _be_template(spec: ReplicaSpec, control: socket.socket) -> None:
         return
     return_freed_memory()
     gc.freeze()
-    _report(control, Dormant(os.getpid(), Stages("zygote", 0.0, loaded.map_ms, loaded.session_ms, warm_up_ms)))
+    _report(control, Dormant(os.getpid(), loaded.stages("zygote", 0.0, warm_up_ms)))
     serve_forks(control, lambda message, wire: replica.run_from_template(message.spec, wire, loaded))
 
 

@@ -76,6 +76,7 @@ class UsageRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     cold_start_ms: float
     fork_ms: float = 0.0
     map_ms: float = 0.0
+    unseal_ms: float = 0.0
     session_ms: float = 0.0
     warm_up_ms: float = 0.0
     prefill_ms: float

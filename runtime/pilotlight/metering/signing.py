@@ -19,6 +19,7 @@ from pilotlight.metering.record import UsageRecord
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+    from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 
 class NotAReceipt(PilotlightError):
@@ -40,13 +41,7 @@ class Signer:
         Raises:
             ConfigError: cryptography is not installed, or there is no Ed25519 key.
         """
-        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-        from cryptography.hazmat.primitives.serialization import load_pem_private_key
-
-        key = _read(path, lambda content: load_pem_private_key(content, password=None))
-        if not isinstance(key, Ed25519PrivateKey):
-            raise ConfigError(f"{path}: is not an Ed25519 key")
-        return cls(key)
+        return cls(read_signing_key(path))
 
     def sign(self, record: str) -> str:
         """Return header and signature of a record, with a dot between them."""
@@ -67,13 +62,7 @@ class Verifier:
         Raises:
             ConfigError: cryptography is not installed, or there is no Ed25519 key.
         """
-        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-        from cryptography.hazmat.primitives.serialization import load_pem_public_key
-
-        key = _read(path, load_pem_public_key)
-        if not isinstance(key, Ed25519PublicKey):
-            raise ConfigError(f"{path}: is not an Ed25519 public key")
-        return cls(key)
+        return cls(read_verifying_key(path))
 
     def verify(self, receipt: str) -> UsageRecord:
         """Return the record of a receipt.
@@ -97,6 +86,38 @@ class Verifier:
         return record
 
 
+def read_signing_key(path: Path) -> Ed25519PrivateKey:
+    """Read a private key.
+
+    Raises:
+        ConfigError: cryptography is not installed, or there is no Ed25519 key.
+    """
+    _require_cryptography()
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+    key = _read(path, lambda content: load_pem_private_key(content, password=None))
+    if not isinstance(key, Ed25519PrivateKey):
+        raise ConfigError(f"{path}: is not an Ed25519 key")
+    return key
+
+
+def read_verifying_key(path: Path) -> Ed25519PublicKey:
+    """Read a public key.
+
+    Raises:
+        ConfigError: cryptography is not installed, or there is no Ed25519 key.
+    """
+    _require_cryptography()
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+    from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
+    key = _read(path, load_pem_public_key)
+    if not isinstance(key, Ed25519PublicKey):
+        raise ConfigError(f"{path}: is not an Ed25519 public key")
+    return key
+
+
 def receipt(record: str, signature: str) -> str:
     """Return the receipt of a record, from what a ledger keeps."""
     header, _, value = signature.partition(".")
@@ -110,20 +131,38 @@ def make_signing_key(path: Path) -> Path:
         ConfigError: cryptography is not installed, there is a file already, or it cannot be written.
     """
     _require_cryptography()
-    from cryptography.hazmat.primitives import serialization as form
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-    key = Ed25519PrivateKey.generate()
+    return write_key_pair(path, Ed25519PrivateKey.generate())
+
+
+def write_key_pair(path: Path, key: Ed25519PrivateKey | X25519PrivateKey) -> Path:
+    """Write a private key, which only its owner may read, and the public one beside it; return where that is.
+
+    Raises:
+        ConfigError: there is a file already, or it cannot be written.
+    """
+    from cryptography.hazmat.primitives import serialization as form
+
     private = key.private_bytes(form.Encoding.PEM, form.PrivateFormat.PKCS8, form.NoEncryption())
     public = key.public_key().public_bytes(form.Encoding.PEM, form.PublicFormat.SubjectPublicKeyInfo)
     public_path = path.with_name(f"{path.name}.pub")
     try:
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(private)
+        write_private(path, private)
         public_path.write_bytes(public)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written ({error.strerror})") from error
     return public_path
+
+
+def write_private(path: Path, content: bytes) -> None:
+    """Write a new file that only its owner may read.
+
+    Raises:
+        OSError: there is one already, or it cannot be written.
+    """
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(content)
 
 
 def key_fingerprint(key: Ed25519PublicKey) -> str:

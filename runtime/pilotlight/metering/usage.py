@@ -27,7 +27,7 @@ class Usage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Timings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How long an invocation spent in each stage, by one monotonic clock.
 
-    ``cold_start_ms`` is how long it waited for a replica to start, the four after it the stages of that start. A stage
+    ``cold_start_ms`` is how long it waited for a replica to start, the five after it the stages of that start. A stage
     that was not reached took 0; ``ttft_ms`` (the time to the first token) is None without a token.
     """
 
@@ -36,6 +36,7 @@ class Timings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     fork_ms: float = 0.0
     map_ms: float = 0.0
     session_ms: float = 0.0
+    unseal_ms: float = 0.0
     warm_up_ms: float = 0.0
     prefill_ms: float = 0.0
     ttft_ms: float | None = None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tokenizers
 
-from pilotlight.artifact import SpecialTokens
+from pilotlight.artifact import TOKENIZER, Artifact, SpecialTokens
 from pilotlight.errors import ArtifactError, InvalidRequest
 from pilotlight.text.token_bytes import TokenBytes
 
@@ -16,15 +16,19 @@ from pilotlight.text.token_bytes import TokenBytes
 class Tokenizer:
     """An artifact's tokenizer. Encoding releases the GIL, so a long text can be encoded in a thread."""
 
-    def __init__(self, path: Path) -> None:
-        """Load a ``tokenizer.json``.
+    def __init__(self, path: Path, content: bytes | memoryview | None = None) -> None:
+        """Load a ``tokenizer.json``, or the ``content`` of one that is not on the disk.
 
         Raises:
             ArtifactError: the file is missing or is not a tokenizer.
         """
-        self._tokenizer = _load(path)
+        self._tokenizer = _load(path, content)
         added = self._tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+
+    @classmethod
+    def of(cls, artifact: Artifact) -> Tokenizer:
+        return cls(artifact.tokenizer_path, None if artifact.contents is None else artifact.read(TOKENIZER))
 
     @property
     def vocab_size(self) -> int:
@@ -77,11 +81,14 @@ class Tokenizer:
         return {name: text for name, text in texts.items() if text is not None}
 
 
-def _load(path: Path) -> tokenizers.Tokenizer:
-    if not path.is_file():
+def _load(path: Path, content: bytes | memoryview | None) -> tokenizers.Tokenizer:
+    if content is None and not path.is_file():
         raise ArtifactError(path, "is missing")
     try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        if content is None:
+            tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        else:
+            tokenizer = tokenizers.Tokenizer.from_buffer(bytes(content))
     except Exception as error:  # tokenizers raises a bare Exception for every bad file
         raise ArtifactError(path, f"is not a tokenizer ({error})") from error
     # A tokenizer is often saved with the truncation and padding of its training.
