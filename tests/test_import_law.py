@@ -18,7 +18,7 @@ FUNCTIONS = ROOT / "functions"
 # What each part may import besides itself. Nobody imports `cli` but the two ways to start the program, and it loads a
 # command only when that is called; so `commands` is where the program's ends meet.
 GROUND = {"errors", "tee"}
-CONTRACTS = GROUND | {"request", "artifact", "config"}
+CONTRACTS = GROUND | {"request", "artifact", "config", "mailbox"}
 ANSWER = CONTRACTS | {"text"}
 FUNCTION = ANSWER | {"answer", "metering"}
 API = FUNCTION | {"function", "confidential"}
@@ -28,6 +28,7 @@ LAW = {
     "errors": set(),
     "tee": set(),  # one word, which records and headers say and only `confidential` can earn
     "request": GROUND,
+    "mailbox": GROUND | {"request"},  # apart from `request`: a replica has no event loop, and should not pay for one
     "artifact": GROUND,
     "config": GROUND,
     "text": CONTRACTS,

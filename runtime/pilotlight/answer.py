@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import msgspec
+
 from pilotlight.request import FinishReason, TokenEvent, TokenLogprobs
 from pilotlight.text.detokenizer import TextStream
 from pilotlight.text.tokenizer import Tokenizer
@@ -35,8 +37,7 @@ class Logprobs:
     top: tuple[ScoredToken, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
+class Delta(msgspec.Struct, frozen=True):
     """What one token added to a choice; the text is empty while it could still be part of a stop string."""
 
     text: str
@@ -113,31 +114,30 @@ class ChoiceStream:
         if self._text.stopped_by is not None:
             self.finish, self.stop_detail = FinishReason.STOP, self._text.stopped_by
         ended = event.finish is not None or self.finish is not None
-        return self._delta(text, (event.token_id,), logprobs, self._parsed_end if ended else self._parsed)
+        return self._delta(text, (event.token_id,), logprobs, _parsed_end if ended else ToolCallParser.push)
 
     def cut(self) -> Delta:
         """End the choice where it stands, and return what was held back."""
-        return self._delta(self._text.finish(), (), (), self._parsed_end)
+        return self._delta(self._text.finish(), (), (), _parsed_end)
 
     def _delta(
         self,
         text: str,
         token_ids: tuple[int, ...],
         logprobs: tuple[Logprobs, ...],
-        parse: Callable[[str], Parsed],
+        parse: Callable[[ToolCallParser, str], Parsed],
     ) -> Delta:
-        parsed = parse(text)
+        if self._calls is None:
+            return Delta(text, token_ids, self.index, logprobs)
+        parsed = parse(self._calls, text)
         return Delta(parsed.text, token_ids, self.index, logprobs, tuple(parsed.calls))
 
-    def _parsed(self, text: str) -> Parsed:
-        return Parsed(text) if self._calls is None else self._calls.push(text)
 
-    def _parsed_end(self, text: str) -> Parsed:
-        """Return what the last piece of text turned out to be, with all that was held back."""
-        parsed = self._parsed(text)
-        if self._calls is not None:
-            parsed.text += self._calls.finish().text
-        return parsed
+def _parsed_end(calls: ToolCallParser, text: str) -> Parsed:
+    """Return what the last piece of text turned out to be, with all that was held back."""
+    parsed = calls.push(text)
+    parsed.text += calls.finish().text
+    return parsed
 
 
 def _logprobs(token_id: int, scored: TokenLogprobs, tokenizer: Tokenizer) -> Logprobs:

@@ -34,6 +34,7 @@ from pilotlight.errors import (
     RequestIdInUse,
     StartFailed,
 )
+from pilotlight.mailbox import Mailbox, TokenStream
 from pilotlight.metering.idempotency import Claim
 from pilotlight.metering.limits import Admitted, Standing
 from pilotlight.metering.marks import Mark
@@ -62,7 +63,7 @@ RETRY_DELAYS_S = (0.1, 0.3, 1.0, 3.0, 5.0)
 class Backend(Protocol):
     """Where sequences are generated: the engine in this process, or a pool of replicas."""
 
-    def submit(self, sequence: Sequence) -> AsyncIterator[TokenEvent]:
+    def submit(self, sequence: Sequence) -> TokenStream:
         """Reserve a place at once and return the events; the last one carries a finish reason."""
 
     def abort(self, sequence_id: str) -> None:
@@ -181,7 +182,7 @@ class Invocation:
         self.admitted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.function = function
         self.streams = streams
-        self._deltas: asyncio.Queue[Delta | PilotlightError | None] = asyncio.Queue()
+        self._deltas: Mailbox[Delta | PilotlightError | None] = Mailbox()
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
         """Yield the answer as it is generated; ends when the usage record is durable.
@@ -224,7 +225,7 @@ class Invocation:
         self.cancel()
 
     def push(self, item: Delta | PilotlightError | None) -> None:
-        self._deltas.put_nowait(item)
+        self._deltas.put(item)
 
 
 @dataclass(slots=True)
@@ -251,18 +252,23 @@ class _Progress:
 
     def count(self, event: TokenEvent) -> None:
         """Count one token of any choice."""
-        moved = event.replica_id is not None and self.replica_id not in (None, event.replica_id)
-        self.num_migrations += moved
-        self.replica_id = event.replica_id or self.replica_id
-        self.num_recomputed_tokens += event.num_recomputed_tokens
-        if event.start is not None:
-            self.start, self.cold_start_ms = event.start, event.start.waited_ms
         self.num_completion_tokens += 1
         self.last_token_at = event.at
         if self.first_token_at is None:
             self.first_token_at = event.at
             self.prefill_started_at = event.prefill_started_at
             self.num_cached_tokens = event.num_cached_tokens
+        if event.replica_id is not None or event.num_recomputed_tokens:
+            self._note_replica(event)
+
+    def _note_replica(self, event: TokenEvent) -> None:
+        """Note where a token comes from; only the first one from a replica says so."""
+        moved = event.replica_id is not None and self.replica_id not in (None, event.replica_id)
+        self.num_migrations += moved
+        self.replica_id = event.replica_id or self.replica_id
+        self.num_recomputed_tokens += event.num_recomputed_tokens
+        if event.start is not None:
+            self.start, self.cold_start_ms = event.start, event.start.waited_ms
 
     def mark(self, num_prompt_tokens: int) -> Mark:
         """Return what was used up to now, for the note of a token."""
@@ -482,10 +488,10 @@ class Function:
             raise InvalidRequest("prompt", f"token ids must lie between 0 and {vocab_size - 1}")
         return token_ids
 
-    async def _submit(self, invocation: Invocation, sequences: Items[Sequence]) -> list[AsyncIterator[TokenEvent]]:
+    async def _submit(self, invocation: Invocation, sequences: Items[Sequence]) -> list[TokenStream]:
         """Submit all sequences of a request, or none."""
         invocation.submitted = True
-        submitted: list[AsyncIterator[TokenEvent]] = []
+        submitted: list[TokenStream] = []
         try:
             for sequence in sequences:
                 submitted.append(self.backend.submit(sequence))
@@ -523,9 +529,7 @@ class Function:
             cache_key=request.cache_key,
         )
 
-    async def _run(
-        self, invocation: Invocation, sequences: Items[Sequence], events: Items[AsyncIterator[TokenEvent]] | None
-    ) -> None:
+    async def _run(self, invocation: Invocation, sequences: Items[Sequence], events: Items[TokenStream] | None) -> None:
         """Carry one invocation to its record; what was not submitted yet is submitted once it is admitted."""
         request = invocation.request
         cold_start_ms, self._cold_start_to_report_ms = self._cold_start_to_report_ms, 0.0
@@ -568,7 +572,7 @@ class Function:
             invocation.push(_caused_by(error))
 
     async def _generate(
-        self, invocation: Invocation, events: Items[AsyncIterator[TokenEvent]], progress: _Progress
+        self, invocation: Invocation, events: Items[TokenStream], progress: _Progress
     ) -> PilotlightError | None:
         """Turn token events into deltas; a failed run is returned, since it is metered like any other end."""
         streams = invocation.streams
@@ -590,28 +594,45 @@ class Function:
         return None
 
     async def _follow(
-        self, invocation: Invocation, stream: ChoiceStream, events: AsyncIterator[TokenEvent], progress: _Progress
+        self, invocation: Invocation, stream: ChoiceStream, events: TokenStream, progress: _Progress
     ) -> None:
-        """Carry one choice to its end."""
-        async for event in events:
-            if stream.finish is not None:
-                continue  # was under way when the stop string was found: neither billed nor delivered
-            if event.token_id is not None:
-                progress.count(event)
-                self._observer.token(self.name, stream.gap_s(event))
-                delta = stream.push(event, self._tokenizer)
-                if self._note(invocation, progress):
-                    invocation.push(delta)
-            if stream.finish is not None:
-                self.backend.abort(stream.sequence_id)
-            elif event.finish is FinishReason.CANCELLED and invocation.expired:
-                stream.finish = FinishReason.DEADLINE
-                invocation.push(stream.cut())
-            elif event.finish is not None:
-                stream.finish, stream.stop_detail = event.finish, event.error
-                progress.retry_after_s = event.retry_after_s
+        """Carry one choice to its end. Its events are taken where they arrive, without waking a task for each."""
+        ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def listen(event: TokenEvent) -> None:
+            if ended.done():
+                return
+            try:
+                self._take(event, invocation, stream, progress)
+            except Exception as error:  # noqa: BLE001 - a defect here must end this invocation, and no other
+                ended.set_exception(error)
+            else:
+                if event.finish is not None:
+                    ended.set_result(None)
+
+        events.listen(listen)
+        await ended
         if stream.finish is FinishReason.ERROR:
             invocation.cancel()  # the other choices: nobody will see them
+
+    def _take(self, event: TokenEvent, invocation: Invocation, stream: ChoiceStream, progress: _Progress) -> None:
+        """Count one event of a choice, and pass on what it adds."""
+        if stream.finish is not None:
+            return  # was under way when the stop string was found: neither billed nor delivered
+        if event.token_id is not None:
+            progress.count(event)
+            self._observer.token(self.name, stream.gap_s(event))
+            delta = stream.push(event, self._tokenizer)
+            if self._note(invocation, progress):
+                invocation.push(delta)
+        if stream.finish is not None:
+            self.backend.abort(stream.sequence_id)
+        elif event.finish is FinishReason.CANCELLED and invocation.expired:
+            stream.finish = FinishReason.DEADLINE
+            invocation.push(stream.cut())
+        elif event.finish is not None:
+            stream.finish, stream.stop_detail = event.finish, event.error
+            progress.retry_after_s = event.retry_after_s
 
     def _note(self, invocation: Invocation, progress: _Progress) -> bool:
         """Note a token before it is delivered, and return whether it may be.
@@ -666,7 +687,7 @@ class Function:
             await self._ledger.finish(record)
             self._observer.finished(record)
 
-    async def _discard(self, sequence_ids: Items[str], submitted: Items[AsyncIterator[TokenEvent]]) -> None:
+    async def _discard(self, sequence_ids: Items[str], submitted: Items[TokenStream]) -> None:
         """End what was submitted of these sequences, the first ones of them."""
         for sequence_id, _ in zip(sequence_ids, submitted, strict=False):
             self.backend.abort(sequence_id)
@@ -734,9 +755,11 @@ def _deadline(invocation: Invocation, latest_at: float) -> Iterator[None]:
         timer.cancel()
 
 
-async def _cancelled() -> AsyncIterator[TokenEvent]:
-    """Yield the end of a sequence that was cancelled before it was submitted."""
-    yield TokenEvent(None, time.monotonic(), FinishReason.CANCELLED)
+def _cancelled() -> TokenStream:
+    """Return the end of a sequence that was cancelled before it was submitted."""
+    stream = TokenStream()
+    stream.put(TokenEvent(None, time.monotonic(), FinishReason.CANCELLED))
+    return stream
 
 
 def _new_replica_id(name: str) -> str:

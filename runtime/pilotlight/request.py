@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import asyncio  # a replica has no event loop, and should not pay for one
+import msgspec
 
 
 class FinishReason(StrEnum):
@@ -78,16 +76,14 @@ class Sequence:
     cache_key: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class TokenLogprobs:
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """How likely the model held a token, before any sampling parameter, and what it held likeliest there."""
 
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Start:
+class Start(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """The start of a replica that a sequence had to wait for; ``waited_ms`` is how long, the rest are its stages."""
 
     waited_ms: float
@@ -98,8 +94,7 @@ class Start:
     unseal_ms: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class TokenEvent:
+class TokenEvent(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One generated token, or an end without a token. ``at`` is a monotonic instant in seconds.
 
     The event with a ``finish`` is the last one of its sequence. ``prefill_started_at`` is set on the first token. Where
@@ -121,8 +116,7 @@ class TokenEvent:
     num_cached_tokens: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Signals:
+class Signals(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A backend's load at one instant, for admission, metrics and scaling."""
 
     num_waiting: int
@@ -135,12 +129,3 @@ class Signals:
     num_prefix_query_tokens: int = 0
     num_prefix_hit_tokens: int = 0
     prefix_cache_bytes: int = 0
-
-
-async def until_finished(stream: asyncio.Queue[TokenEvent]) -> AsyncIterator[TokenEvent]:
-    """Yield a sequence's events, up to and with the last one."""
-    event = await stream.get()
-    while event.finish is None:
-        yield event
-        event = await stream.get()
-    yield event

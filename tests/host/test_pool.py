@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from functools import wraps
 
 import pytest
@@ -18,6 +18,7 @@ from pilotlight.host.autoscaler import Policy, Sleep
 from pilotlight.host.machine import Machine
 from pilotlight.host.pool import Pool, PoolSettings
 from pilotlight.host.wire import ReplicaSpec
+from pilotlight.mailbox import TokenStream
 from pilotlight.request import FinishReason, SamplingParams, Sequence, TokenEvent
 
 SPEC = ReplicaSpec("f", "nowhere", 2, 64, EnginePolicy(8), 1, None, 0.0)
@@ -67,7 +68,7 @@ class Stage:
         await asyncio.gather(*self._readers)
 
 
-async def _collect(stream: AsyncIterator[TokenEvent], events: list[TokenEvent]) -> None:
+async def _collect(stream: TokenStream, events: list[TokenEvent]) -> None:
     async for event in stream:
         events.append(event)
 

@@ -45,6 +45,7 @@ from pilotlight.api.openai_text import TextBody, TextShape, text_request
 from pilotlight.api.openai_types import ChatChunk, ChatCompletion, TextChunk, TextCompletion
 from pilotlight.api.openapi import document
 from pilotlight.api.response_store import ResponseStore
+from pilotlight.api.sse import STRAIGHT_SEND
 from pilotlight.api.wire import parse
 from pilotlight.errors import (
     Draining,
@@ -89,8 +90,8 @@ class Api:
         self._metrics = metrics
         self._keyring = keyring
 
-    def app(self) -> Starlette:
-        app = Starlette(
+    def app(self) -> ASGIApp:
+        app = _App(
             routes=routes(self.endpoints()),
             exception_handlers={
                 PilotlightError: errors.on_pilotlight_error,
@@ -241,6 +242,14 @@ class Api:
         return await self._intake.answer(
             request, body, asked, partial(stream, body=body, shape=shape), partial(whole, body=body, shape=shape)
         )
+
+
+class _App(Starlette):
+    """Keeps the way to the server open for frames, past the middleware: each layer of it would cost every token."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope[STRAIGHT_SEND] = send
+        await super().__call__(scope, receive, send)
 
 
 class RequestIds:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from itertools import accumulate
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from pilotlight.function import Function
@@ -58,20 +61,12 @@ class Metrics:
             "pilotlight_invocations", "Finished invocations.", (*of, "finish_reason"), registry=registry
         )
         self._prompt_tokens = Counter("pilotlight_prompt_tokens", "Prompt tokens metered.", of, registry=registry)
-        self._generation_tokens = Counter("pilotlight_generation_tokens", "Tokens generated.", of, registry=registry)
         self._ttft = Histogram(
             "pilotlight_time_to_first_token_seconds",
             "Receipt to first token.",
             of,
             registry=registry,
             buckets=TTFT_BUCKETS_S,
-        )
-        self._gap = Histogram(
-            "pilotlight_inter_token_latency_seconds",
-            "Between two tokens.",
-            of,
-            registry=registry,
-            buckets=TOKEN_BUCKETS_S,
         )
         self._latency = Histogram(
             "pilotlight_e2e_request_latency_seconds",
@@ -88,12 +83,12 @@ class Metrics:
             registry=registry,
             buckets=TTFT_BUCKETS_S,
         )
+        self._tokens = _Tokens()
+        registry.register(self._tokens)
         self._losses = Counter("pilotlight_replicas_lost", "Replicas that died or hung.", of, registry=registry)
 
     def token(self, function: str, gap_s: float | None) -> None:
-        self._generation_tokens.labels(function).inc()
-        if gap_s is not None:
-            self._gap.labels(function).observe(gap_s)
+        self._tokens.count(function, gap_s)
 
     def finished(self, record: UsageRecord) -> None:
         self._invocations.labels(record.function, record.finish_reason.value).inc()
@@ -118,6 +113,35 @@ class Metrics:
     def render(self) -> bytes:
         """Return the text exposition format."""
         return generate_latest(self._registry)
+
+
+class _Tokens(Collector):
+    """Tokens and the gaps between them. Counted with every token, so without the locks of a counter of the library."""
+
+    def __init__(self) -> None:
+        self._num_tokens: defaultdict[str, int] = defaultdict(int)
+        self._num_gaps: defaultdict[str, list[int]] = defaultdict(lambda: [0] * (len(TOKEN_BUCKETS_S) + 1))
+        self._gaps_s: defaultdict[str, float] = defaultdict(float)
+
+    def count(self, function: str, gap_s: float | None) -> None:
+        self._num_tokens[function] += 1
+        if gap_s is not None:
+            self._num_gaps[function][bisect_left(TOKEN_BUCKETS_S, gap_s)] += 1
+            self._gaps_s[function] += gap_s
+
+    def collect(self) -> Iterable[Metric]:
+        tokens = CounterMetricFamily("pilotlight_generation_tokens", "Tokens generated.", labels=["function"])
+        for function, number in self._num_tokens.items():
+            tokens.add_metric([function], number)
+        yield tokens
+        gaps = HistogramMetricFamily(
+            "pilotlight_inter_token_latency_seconds", "Between two tokens.", labels=["function"]
+        )
+        bounds = [*map(str, TOKEN_BUCKETS_S), "+Inf"]
+        for function, counts in self._num_gaps.items():
+            buckets = list(zip(bounds, map(float, accumulate(counts)), strict=True))
+            gaps.add_metric([function], buckets, self._gaps_s[function])
+        yield gaps
 
 
 class _Gauges(Collector):

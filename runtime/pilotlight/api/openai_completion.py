@@ -6,6 +6,8 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any, ClassVar, Protocol
 
+import msgspec
+
 from pilotlight.answer import Choice, Delta
 from pilotlight.api.intake import completed
 from pilotlight.api.openai_body import GenerationBody
@@ -16,6 +18,7 @@ from pilotlight.metering.record import UsageRecord
 from pilotlight.request import FinishReason
 
 Fields = dict[str, Any]
+_encode = msgspec.json.Encoder().encode
 
 
 class Shape(Protocol):
@@ -39,11 +42,17 @@ async def stream(invocation: Invocation, body: GenerationBody, shape: Shape) -> 
     An error after the first frame becomes one error frame, and the stream ends without its terminator.
     """
     head = _head(invocation, body, shape.chunk_object)
+    opening = _encode(head)[:-1]  # the same in every frame, so encoded once
     choices = range(len(invocation.streams))
     called: set[int] = set()
 
     def chunk(choice: int, fields: Fields, finish_reason: str | None = None) -> bytes:
-        return frame({**head, "choices": [{"index": choice, **fields, "finish_reason": finish_reason}]})
+        return b'data: %b,"choices":[{"index":%d,%b,"finish_reason":%b}]}\n\n' % (
+            opening,
+            choice,
+            _encode(fields)[1:-1],
+            _encode(finish_reason),
+        )
 
     if shape.opening is not None:
         for choice in choices:

@@ -72,11 +72,11 @@ class TextShape:
         self._offsets: dict[int, int] = {}
 
     def piece(self, delta: Delta) -> dict[str, Any] | None:
+        if not delta.logprobs:
+            return {"text": delta.text, "logprobs": None} if delta.text else None
         offset = self._offsets.get(delta.choice, 0)
         self._offsets[delta.choice] = offset + sum(len(logprobs.token.text) for logprobs in delta.logprobs)
-        if not delta.text and not delta.logprobs:
-            return None
-        return {"text": delta.text, "logprobs": text_logprobs(delta.logprobs, offset) if delta.logprobs else None}
+        return {"text": delta.text, "logprobs": text_logprobs(delta.logprobs, offset)}
 
     def whole(self, choice: Choice) -> dict[str, Any]:
         return {"text": choice.text, "logprobs": text_logprobs(choice.logprobs) if choice.logprobs else None}

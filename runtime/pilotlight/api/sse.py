@@ -22,6 +22,9 @@ PING_AFTER_S = 15.0
 PING_BEFORE_FIRST_TOKEN_S = 1.0
 """Proxies close connections on which nothing happens; while nothing is generated, a ping does."""
 
+STRAIGHT_SEND = "pilotlight.send"
+"""Where a scope has the server's own ``send``, which middleware has not wrapped: frames need nothing that they do."""
+
 _encoder = msgspec.json.Encoder()
 
 
@@ -71,16 +74,20 @@ class EventStream(Response):
         self._invocation = invocation
         self._frames = frames
         self._ping = ping
-        self._sending = asyncio.Lock()
+        self._sending = False
         self._sent_at = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with cancelled_on_disconnect(self._invocation, receive):
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            pinging = asyncio.create_task(self._keep_alive(send))
+            send_frame: Send = scope.get(STRAIGHT_SEND, send)
+            pinging = asyncio.create_task(self._keep_alive(send_frame))
             try:
                 async for body in self._frames:
-                    await self._send(send, body)
+                    self._sending = True
+                    await send_frame({"type": "http.response.body", "body": body, "more_body": True})
+                    self._sending = False
+                    self._sent_at = time.monotonic()
             finally:
                 pinging.cancel()
             scope.setdefault("state", {})["failure"] = self._invocation.failure
@@ -91,10 +98,6 @@ class EventStream(Response):
             # A start may take long, and clients and proxies give up on a connection that says nothing.
             pause_s = PING_AFTER_S if self._invocation.num_delivered_tokens else PING_BEFORE_FIRST_TOKEN_S
             await asyncio.sleep(pause_s)
-            if time.monotonic() - self._sent_at >= pause_s:
-                await self._send(send, self._ping)
-
-    async def _send(self, send: Send, body: bytes) -> None:
-        async with self._sending:
-            await send({"type": "http.response.body", "body": body, "more_body": True})
-            self._sent_at = time.monotonic()
+            if time.monotonic() - self._sent_at >= pause_s and not self._sending:
+                await send({"type": "http.response.body", "body": self._ping, "more_body": True})
+                self._sent_at = time.monotonic()

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 
 from pilotlight.engine.engine import Engine, Event
 from pilotlight.engine.grammar import Grammars
 from pilotlight.engine.policy import DEFAULT_POLICY, Policy
 from pilotlight.engine.session import Session
 from pilotlight.errors import QueueFull
-from pilotlight.request import Sequence, Signals, TokenEvent, until_finished
+from pilotlight.mailbox import TokenStream
+from pilotlight.request import Sequence, Signals
 
 
 class EngineBackend:
@@ -26,7 +26,7 @@ class EngineBackend:
         self._engine = Engine(session, self._emit, policy, grammars)
         self._max_queued_requests = max_queued_requests
         self._max_sequences = session.num_slots + max_queued_requests
-        self._streams: dict[str, asyncio.Queue[TokenEvent]] = {}
+        self._streams: dict[str, TokenStream] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def start(self) -> None:
@@ -37,7 +37,7 @@ class EngineBackend:
         """Cancel what runs, deliver the last events, stop the engine's thread."""
         await asyncio.to_thread(self._engine.close)
 
-    def submit(self, sequence: Sequence) -> AsyncIterator[TokenEvent]:
+    def submit(self, sequence: Sequence) -> TokenStream:
         """Reserve a place at once and return the sequence's events; the last one carries a finish reason.
 
         Raises:
@@ -45,9 +45,9 @@ class EngineBackend:
         """
         if len(self._streams) >= self._max_sequences:
             raise QueueFull(self._max_queued_requests)
-        stream = self._streams[sequence.id] = asyncio.Queue[TokenEvent]()
+        stream = self._streams[sequence.id] = TokenStream()
         self._engine.submit(sequence)
-        return until_finished(stream)
+        return stream
 
     def abort(self, sequence_id: str) -> None:
         """Have a sequence end as cancelled before the next step."""
@@ -63,6 +63,6 @@ class EngineBackend:
     def _deliver(self, events: list[Event]) -> None:
         for sequence_id, event in events:
             stream = self._streams[sequence_id]
-            stream.put_nowait(event)
             if event.finish is not None:
                 del self._streams[sequence_id]
+            stream.put(event)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 from dataclasses import dataclass, field
 
+import msgspec
+
+from pilotlight.mailbox import TokenStream
 from pilotlight.request import FinishReason, Sequence, Start, TokenEvent
 
 MAX_FRUITLESS_MOVES = 5
@@ -18,7 +20,7 @@ class Entry:
 
     sequence: Sequence
     queued_at: float
-    stream: asyncio.Queue[TokenEvent] = field(default_factory=asyncio.Queue)
+    stream: TokenStream = field(default_factory=TokenStream)
     emitted_ids: list[int] = field(default_factory=list)
     dispatched_at: float | None = None
     num_fruitless_moves: int = 0
@@ -61,18 +63,18 @@ class Entry:
             self.num_fruitless_moves = 0
             if first or self.num_recomputed_tokens:
                 event = self._annotated(event, replica_id)
-        self.stream.put_nowait(event)
+        self.stream.put(event)
 
     def fail(self, at: float, problem: str, retry_after_s: float | None = None) -> None:
         """End the stream with an error."""
         event = TokenEvent(None, at, FinishReason.ERROR, error=problem, retry_after_s=retry_after_s)
-        self.stream.put_nowait(event)
+        self.stream.put(event)
 
     def cancel(self, at: float) -> None:
         """End the stream as cancelled."""
-        self.stream.put_nowait(TokenEvent(None, at, FinishReason.CANCELLED))
+        self.stream.put(TokenEvent(None, at, FinishReason.CANCELLED))
 
     def _annotated(self, event: TokenEvent, replica_id: str) -> TokenEvent:
         recomputed, self.num_recomputed_tokens = self.num_recomputed_tokens, 0
         start, self.start = self.start, None
-        return dataclasses.replace(event, replica_id=replica_id, start=start, num_recomputed_tokens=recomputed)
+        return msgspec.structs.replace(event, replica_id=replica_id, start=start, num_recomputed_tokens=recomputed)

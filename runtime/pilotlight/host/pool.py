@@ -10,7 +10,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,7 +27,8 @@ from pilotlight.host.memory import Idle, estimated_bytes, private_bytes
 from pilotlight.host.replica_handle import Replica, State, TemplateHandle
 from pilotlight.host.routing import prefix_blocks, route
 from pilotlight.host.wire import Abort, Beat, Dormant, Failed, FromReplica, ReplicaSpec, Stages, Started, Step, Submit
-from pilotlight.request import Sequence, Signals, Start, TokenEvent, until_finished
+from pilotlight.mailbox import TokenStream
+from pilotlight.request import Sequence, Signals, Start, TokenEvent
 
 logger = logging.getLogger("pilotlight.host")
 
@@ -100,7 +101,7 @@ class Pool:
 
     # what a function calls
 
-    def submit(self, sequence: Sequence) -> AsyncIterator[TokenEvent]:
+    def submit(self, sequence: Sequence) -> TokenStream:
         """Take a sequence in and return its events; the last one carries a finish reason.
 
         Raises:
@@ -115,7 +116,7 @@ class Pool:
         self._queue.push(entry)
         self.measures.arrived(now)
         self.act()
-        return until_finished(entry.stream)
+        return entry.stream
 
     def abort(self, sequence_id: str) -> None:
         """Have a sequence end as cancelled: at once where it waits, before the next step where it runs."""

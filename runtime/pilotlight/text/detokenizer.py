@@ -41,7 +41,7 @@ class Detokenizer:
         if text.endswith(REPLACEMENT) and len(self._held_ids) < MAX_HELD_TOKENS:
             return ""
         self._context_ids, self._held_ids = self._held_ids, []
-        self._context = self._tokenizer.decode(self._context_ids)
+        self._context = self._tokenizer.text_of(tuple(self._context_ids))
         return text
 
     def _show(self, special: str) -> str:
@@ -81,6 +81,8 @@ class StopStrings:
 
     def push(self, text: str) -> str:
         """Return the text that may be shown now; nothing once a stop string was matched."""
+        if not self._stops:
+            return text
         if self.matched is not None:
             return ""
         text = self._held + text

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import tokenizers
@@ -11,6 +11,8 @@ import tokenizers
 from pilotlight.artifact import TOKENIZER, Artifact, SpecialTokens
 from pilotlight.errors import ArtifactError, InvalidRequest
 from pilotlight.text.token_bytes import TokenBytes
+
+MAX_REMEMBERED_TEXTS = 4096
 
 
 class Tokenizer:
@@ -25,6 +27,7 @@ class Tokenizer:
         self._tokenizer = _load(path, content)
         added = self._tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self._remembered = lru_cache(MAX_REMEMBERED_TEXTS)(self.decode)
 
     @classmethod
     def of(cls, artifact: Artifact) -> Tokenizer:
@@ -57,6 +60,10 @@ class Tokenizer:
         """Return the text of ``ids`` without special tokens; ids outside the vocabulary have no text."""
         text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
         return text
+
+    def text_of(self, ids: tuple[int, ...]) -> str:
+        """Return the text of a few ids that come often; see ``decode``."""
+        return self._remembered(ids)
 
     def special_ids_of(self, texts: Iterable[str]) -> dict[str, int]:
         """Return the ids of those texts that are special tokens."""
