@@ -9,7 +9,15 @@ import msgspec
 import pytest
 
 from pilotlight.confidential.key_release import UnsealSettings
-from pilotlight.config import LOOPBACK, EventSettings, FunctionSettings, HostSettings, Settings, load_settings
+from pilotlight.config import (
+    LOOPBACK,
+    ConfidentialSettings,
+    EventSettings,
+    FunctionSettings,
+    HostSettings,
+    Settings,
+    load_settings,
+)
 from pilotlight.errors import ConfigError
 from pilotlight.metering.price_schedule import PriceSchedule
 from pilotlight.metering.prices import PriceTable
@@ -107,8 +115,8 @@ def test_loopback_is_served(address: str) -> None:
     ("text", "problem"),
     [
         ("[", "is not valid TOML (Invalid initial character for a key part (at end of document))"),
-        ("colour = 1", "unknown key colour = 1; expected one of host, functions, events"),
-        ("[hosts]\nport = 1", "unknown key hosts = {'port': 1}; expected one of host, functions, events"),
+        ("colour = 1", "unknown key colour = 1; expected one of host, functions, events, confidential"),
+        ("[hosts]\nport = 1", "unknown key hosts = {'port': 1}; expected one of host, functions, events, confidential"),
         ("host = 1", "host is 1; expected a table [host]"),
         ("functions = []", "functions is []; expected a table [functions]"),
         ("[host]\nprot = 80", f"unknown key host.prot = 80; expected one of {HOST_KEYS}"),
@@ -165,6 +173,7 @@ def test_a_bad_environment_is_not_blamed_on_the_file(file: Path, environment: di
 def test_the_example_holds_the_defaults() -> None:
     settings = load_settings(EXAMPLE, {})
     assert settings.host == HostSettings()
+    assert settings.confidential == ConfidentialSettings()
     (function,) = settings.functions.values()
     assert msgspec.structs.replace(function, prices={}) == FunctionSettings(artifact="artifacts/demo-int4")
     free = PriceSchedule.from_config({}, "prices")
@@ -174,7 +183,7 @@ def test_the_example_holds_the_defaults() -> None:
 def test_the_example_mentions_every_setting() -> None:
     keys = set(re.findall(r"^(?:# )?(\w+) = ", EXAMPLE.read_text(encoding="utf-8"), re.MULTILINE))
     tables = {"prices", "unseal"}
-    structs = (HostSettings, FunctionSettings, EventSettings, UnsealSettings)
+    structs = (HostSettings, FunctionSettings, EventSettings, UnsealSettings, ConfidentialSettings)
     expected = {field.name for struct in structs for field in msgspec.structs.fields(struct)} | {"valid_from"}
     expected |= {field.name.replace("_micros", "") for field in msgspec.structs.fields(PriceTable)}
     assert keys == expected - tables

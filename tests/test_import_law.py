@@ -26,7 +26,7 @@ HOST = API | {"api", "engine"}
 COMMANDS = (HOST | {"host"}) - {"engine"}
 LAW = {
     "errors": set(),
-    "tee": set(),  # one word, which records and headers say and only `confidential` can earn
+    "tee": {"errors"},  # one word, which records and headers say and only `confidential` can earn
     "request": GROUND,
     "mailbox": GROUND | {"request"},  # apart from `request`: a replica has no event loop, and should not pay for one
     "artifact": GROUND,

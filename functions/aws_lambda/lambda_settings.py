@@ -12,6 +12,7 @@ import msgspec
 from event import Reading
 from pilotlight.config import FunctionSettings, HostSettings, load_settings
 from pilotlight.errors import ConfigError
+from pilotlight.tee import TeeLabel, require_hardware
 
 MIB_PER_VCPU = 1769
 """The platform grants processor time in proportion to memory. Source: the AWS Lambda developer guide, "Memory"."""
@@ -41,12 +42,13 @@ def load_lambda_settings(environment: Mapping[str, str] = os.environ) -> LambdaS
     """Read PILOTLIGHT_* and what Lambda sets itself.
 
     Raises:
-        ConfigError: no artifact is named, or a setting is malformed.
+        ConfigError: no artifact is named, a setting is malformed, or hardware that proves itself is required.
     """
     num_pollers = _count("AWS_LAMBDA_MAX_CONCURRENCY", environment.get("AWS_LAMBDA_MAX_CONCURRENCY", "1"))
     has_snapshots = environment.get("AWS_LAMBDA_INITIALIZATION_TYPE") == "snap-start"
     config = environment.get("PILOTLIGHT_CONFIG")
     settings = load_settings(None if config is None else Path(config), environment)
+    require_hardware(settings.confidential.require_tee, TeeLabel.NONE)  # the platform has nothing to prove it with
     name, function = _only_function(settings.functions, environment)
     return LambdaSettings(
         name=name,

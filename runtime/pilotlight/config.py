@@ -21,7 +21,7 @@ T = TypeVar("T", bound=msgspec.Struct)
 FUNCTION_NAME = r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}"
 OTHER_VARIABLES = ("PILOTLIGHT_ARTIFACT", "PILOTLIGHT_CONFIG", "PILOTLIGHT_INVOKE_MODE", "PILOTLIGHT_LEDGER_TABLE")
 """Read by the serverless entry points, which have no command line."""
-TABLES = ("host", "functions", "events")
+TABLES = ("host", "functions", "events", "confidential")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -96,12 +96,28 @@ class EventSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     first_retry_s: Annotated[float, Meta(gt=0, le=600)] = 1.0
 
 
+class ConfidentialSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``[confidential]``: what proves where the functions run (docs/evidence.md).
+
+    ``evidence`` is where it comes from; ``simulator`` is the file of the simulated chip, ``certificates`` one (PEM)
+    with what the hardware does not give itself, ``tls_certificate`` that of what terminates TLS before this server.
+    With ``require_tee`` nothing starts unless the label is ``hardware``.
+    """
+
+    evidence: Literal["none", "hardware", "simulator"] = "none"
+    require_tee: bool = False
+    simulator: str = "~/.cache/pilotlight/simulator.pem"
+    certificates: str = ""
+    tls_certificate: str = ""
+
+
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """All of ``pilotlight.toml``."""
 
     host: HostSettings = HostSettings()
     functions: dict[str, FunctionSettings] = {}
     events: EventSettings | None = None
+    confidential: ConfidentialSettings = ConfidentialSettings()
 
 
 def load_settings(path: Path | None, environment: Mapping[str, str] = os.environ, **options: object) -> Settings:
@@ -124,7 +140,8 @@ def load_settings(path: Path | None, environment: Mapping[str, str] = os.environ
         for name, table in _table(content.get("functions", {}), origin, "functions").items()
     }
     events = _parse(content["events"], EventSettings, origin, "events") if "events" in content else None
-    return Settings(host, functions, events)
+    confidential = _parse(content.get("confidential", {}), ConfidentialSettings, origin, "confidential")
+    return Settings(host, functions, events, confidential)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -23,6 +23,7 @@
     │   ├── StartFailed
     │   ├── LedgerUnavailable
     │   ├── ResponseStoreUnavailable
+    │   ├── EvidenceUnavailable
     │   └── Draining
     └── EngineError                  500, raised from its cause
 
@@ -246,6 +247,12 @@ class ResponseStoreUnavailable(CapacityError):
 
     def __init__(self) -> None:
         super().__init__("the responses that were kept cannot be reached")
+
+
+class EvidenceUnavailable(CapacityError):
+    """The hardware that attests, or what stands before it, gave no evidence."""
+
+    code = "evidence_unavailable"
 
 
 class Draining(CapacityError):

@@ -42,6 +42,7 @@ from pilotlight.metering.prices import PriceTable
 from pilotlight.metering.record import Admission, Capacity, UsageRecord, final_record, utc_text
 from pilotlight.metering.usage import Timings, Usage
 from pilotlight.request import FinishReason, SamplingParams, Sequence, Signals, Start, TokenEvent
+from pilotlight.tee import TeeLabel
 from pilotlight.text.chat_template import load_chat_template
 from pilotlight.text.detokenizer import TextStream
 from pilotlight.text.grammar import check_grammar
@@ -312,6 +313,7 @@ class Function:
         max_context_tokens: int,
         max_duration_s: float = 3600.0,
         capacity: Capacity = Capacity.ON_DEMAND,
+        tee: TeeLabel = TeeLabel.NONE,
         observer: Observer | None = None,
     ) -> None:
         self.name = name
@@ -321,6 +323,7 @@ class Function:
         self.max_context_tokens = max_context_tokens
         self.max_duration_s = max_duration_s
         self.capacity = capacity
+        self.tee = tee
         self.created_at_utc = datetime.now(UTC)
         self.replica_id = _new_replica_id(name)
         self._ledger = ledger
@@ -711,6 +714,7 @@ class Function:
             started_at_utc=started_at_utc,
             prices=prices,
             capacity=self.capacity,
+            tee=self.tee,
             model=self.artifact.manifest.source.model,
             tenant=request.tenant,
             key_id=request.key_id,

@@ -40,6 +40,13 @@ def test_a_snapshots_copies_share_no_sandbox() -> None:
     assert (copied.environment, copied.has_snapshots) == (None, True)
 
 
+def test_a_platform_that_proves_nothing_serves_nobody_who_requires_it(tmp_path: Path) -> None:
+    config = tmp_path / "pilotlight.toml"
+    config.write_text("[confidential]\nrequire_tee = true\n")
+    with pytest.raises(ConfigError, match="the label is 'none', and 'hardware' is required"):
+        load(PILOTLIGHT_CONFIG=str(config))
+
+
 def test_a_configuration_names_and_prices_the_function(tmp_path: Path) -> None:
     config = tmp_path / "pilotlight.toml"
     prices = '[functions.chat.prices]\nper_invocation = "0.01"\n'

@@ -13,6 +13,7 @@ from pilotlight.metering.prices import PriceTable
 from pilotlight.metering.record import SCHEMA_VERSION, Admission, Capacity, UsageRecord, final_record, utc_text
 from pilotlight.metering.usage import Timings, Usage
 from pilotlight.request import FinishReason
+from pilotlight.tee import TeeLabel
 
 REPO = Path(__file__).parents[2]
 SCHEMA = "usage_record.schema.json"
@@ -27,6 +28,7 @@ ADMISSION = Admission(
     started_at_utc="2026-11-22T10:00:00.000000Z",
     model="org/model",
     capacity=Capacity.SPOT,
+    tee=TeeLabel.SIMULATED,
     attempt=2,
     tenant="acme",
     key_id="0123456789abcdef",
@@ -64,6 +66,7 @@ def test_a_record_holds_what_was_admitted_used_timed_and_charged() -> None:
         "replica_id": "replica-1",
         "model": "org/model",
         "capacity": "spot",
+        "tee": "simulated",
         "tenant": "acme",
         "key_id": "0123456789abcdef",
         "idempotency_key": "order-7",
@@ -117,11 +120,16 @@ def test_nothing_costs_more_than_was_reserved_and_what_never_ran_costs_nothing(
 def test_a_record_of_version_1_can_still_be_read() -> None:
     record = final_record(ADMISSION, Usage(), Timings(), FinishReason.STOP)
     fields = msgspec.to_builtins(record) | {"schema_version": 1}
-    for name in ("model", "capacity", "idempotency_key", "reserved_tokens", "reserved_micros", "migrations"):
+    for name in ("model", "capacity", "tee", "idempotency_key", "reserved_tokens", "reserved_micros", "migrations"):
         del fields[name]
     del fields["reasoning_tokens"]
     old = msgspec.json.decode(json.dumps(fields), type=UsageRecord)
-    assert (old.schema_version, old.capacity, old.reserved_tokens) == (1, Capacity.ON_DEMAND, None)
+    assert (old.schema_version, old.capacity, old.tee, old.reserved_tokens) == (
+        1,
+        Capacity.ON_DEMAND,
+        TeeLabel.NONE,
+        None,
+    )
 
 
 def test_every_record_is_an_event_of_its_own() -> None:

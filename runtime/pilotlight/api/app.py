@@ -20,6 +20,7 @@ from pilotlight import __version__
 from pilotlight.api import errors
 from pilotlight.api.admin import Admin, Control
 from pilotlight.api.anthropic_messages import Messages
+from pilotlight.api.attestation import Attestations, Attester, Unattested
 from pilotlight.api.auth import Doorkeeper, caller_of
 from pilotlight.api.catalogue import catalogue_of
 from pilotlight.api.docs_page import SECURITY_POLICY, page
@@ -60,6 +61,7 @@ from pilotlight.function import Function, UsageLedger
 from pilotlight.function import Request as FunctionRequest
 from pilotlight.metering.keyring import Keyring
 from pilotlight.metering.record import UsageRecord
+from pilotlight.tee import TEE_HEADER, TeeLabel
 
 RECEIPT_TYPE = "application/jose"
 VALID_REQUEST_ID = re.compile(REQUEST_ID)
@@ -80,11 +82,14 @@ class Api:
         keyring: Keyring | None = None,
         kept_answers: KeptAnswers | None = None,
         control: Control | None = None,
+        attester: Attester | None = None,
     ) -> None:
+        self._attester = attester or Unattested()
         self._intake = Intake(functions, max_body_bytes, kept_answers)
         self._messages = Messages(self._intake)
         self._responses = Responses(self._intake, responses)
         self._functions = catalogue_of(functions)
+        self._attestations = Attestations(self._functions, self._attester)
         self._admin = Admin(self._intake, control) if control is not None else None
         self._ledger = ledger
         self._metrics = metrics
@@ -100,7 +105,7 @@ class Api:
             },
         )
         app.add_middleware(Doorkeeper, keyring=self._keyring)
-        app.add_middleware(RequestIds)  # the last one added is the first one called
+        app.add_middleware(RequestIds, tee=self._attester.label)  # the last one added is the first one called
         return app
 
     def endpoints(self) -> list[Endpoint]:
@@ -156,6 +161,7 @@ class Api:
                 answer=CancelledRequest,
                 refusals=(*ANY, RequestNotFound),
             ),
+            self._attestations.endpoint(),
             Endpoint("GET", "/livez", self.livez, "Tell whether the process runs", answer=Alive),
             Endpoint(
                 "GET",
@@ -254,10 +260,11 @@ class _App(Starlette):
 
 class RequestIds:
     """Gives every request an id, the client's own where it sent an acceptable one, and returns it in the header;
-    ``request-id`` is where Anthropic's clients look for it."""
+    ``request-id`` is where Anthropic's clients look for it. Beside it stands what the place is that answers."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, tee: TeeLabel) -> None:
         self._app = app
+        self._tee = tee
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -267,12 +274,12 @@ class RequestIds:
         given = None if header is None else header.decode("latin-1")
         valid = given if given is not None and VALID_REQUEST_ID.fullmatch(given) else None
         request_id = valid or f"req-{secrets.token_hex(12)}"
-        scope.setdefault("state", {})["request_id"] = request_id
+        added = {"x-request-id": request_id, "request-id": request_id, TEE_HEADER: str(self._tee)}
+        scope.setdefault("state", {}).update(request_id=request_id, headers=added)
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                headers["x-request-id"] = headers["request-id"] = request_id
+                MutableHeaders(scope=message).update(added)
             await send(message)
 
         if given is not None and valid is None:

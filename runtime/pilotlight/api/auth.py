@@ -1,7 +1,7 @@
 """Who calls: API keys at the door, before a body is read. Without any key in the ledger, everybody may do everything.
 
-A route that nobody thought of is closed: all but the health checks and the API's description need a key, and those of
-the operator an admin key.
+A route that nobody thought of is closed: all but the health checks, the API's description and the evidence of where it
+runs need a key, and those of the operator an admin key.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pilotlight.api.errors import error_response
 from pilotlight.errors import InvalidKey, NotPermitted, PilotlightError
 from pilotlight.metering.keyring import Keyring
 
-OPEN_PATHS = frozenset({"/livez", "/readyz", "/openapi.json", "/docs"})
+OPEN_PATHS = frozenset({"/livez", "/readyz", "/openapi.json", "/docs", "/attestation"})
 ADMIN_PATHS = ("/admin/", "/metrics")
 
 

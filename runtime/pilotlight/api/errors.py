@@ -74,4 +74,6 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
 async def on_unexpected_error(request: Request, error: Exception) -> Response:
     """Log a defect of ours with its traceback; the client learns only that there was one."""
     logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
-    return error_response(EngineError("an internal error occurred"), request.scope)
+    response = error_response(EngineError("an internal error occurred"), request.scope)
+    response.headers.update(request.scope.get("state", {}).get("headers", {}))  # what would add them is passed by
+    return response

@@ -15,6 +15,7 @@ from pilotlight.api.endpoint import Endpoint
 from pilotlight.api.objects import ErrorEnvelope, RequestHeaders
 from pilotlight.api.wire import Body
 from pilotlight.errors import PilotlightError
+from pilotlight.tee import TEE_HEADER, TeeLabel
 
 JSON = "application/json"
 EVENT_STREAM = "text/event-stream"
@@ -151,7 +152,9 @@ def _frame(event: Schema) -> Schema:
 
 def _response(description: str, content: Schema) -> Schema:
     request_id = {"description": "Names the request, in the usage ledger too.", "schema": {"type": "string"}}
-    return {"description": description, "headers": {"x-request-id": request_id}, "content": content}
+    tee = {"description": "What proves the machine: see /attestation.", "schema": {"enum": [*TeeLabel]}}
+    headers = {"x-request-id": request_id, TEE_HEADER: tee}
+    return {"description": description, "headers": headers, "content": content}
 
 
 def _reasons(refusals: Iterable[type[PilotlightError]]) -> dict[int, list[str]]:

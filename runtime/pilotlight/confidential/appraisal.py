@@ -10,7 +10,6 @@ whether that is good enough. Both are pure: the nonce, the time and the trusted 
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -20,7 +19,7 @@ from types import MappingProxyType
 import msgspec
 
 from pilotlight.errors import ConfigError, PilotlightError
-from pilotlight.tee import TeeLabel
+from pilotlight.tee import EvidenceObject, TeeLabel
 
 Claim = str | int | bool
 MAX_EVIDENCE_BYTES = 4 * 1024 * 1024
@@ -122,7 +121,7 @@ class Evidence:
         return digest.hexdigest()
 
     def to_json(self) -> bytes:
-        return msgspec.json.encode(_to_wire(self))
+        return msgspec.json.encode(to_wire(self))
 
     @classmethod
     def from_json(cls, content: bytes | str) -> Evidence:
@@ -134,8 +133,8 @@ class Evidence:
         try:
             if len(content) > MAX_EVIDENCE_BYTES:
                 raise MalformedEvidence(f"the evidence has more than {MAX_EVIDENCE_BYTES:,} bytes")
-            return _from_wire(msgspec.json.decode(content, type=_Wire))
-        except (msgspec.DecodeError, binascii.Error, ValueError, RecursionError) as error:
+            return from_wire(msgspec.json.decode(content, type=EvidenceObject))
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise MalformedEvidence(f"the evidence cannot be read ({error})") from error
 
 
@@ -147,34 +146,35 @@ class MalformedEvidence(PilotlightError):
     type = "invalid_request_error"
 
 
-class _Wire(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    kind: Kind
-    body: str
-    certificates: str = ""
-    collateral: dict[str, str] = {}
-    devices: tuple[_Wire, ...] = ()
-
-
-def _to_wire(evidence: Evidence) -> _Wire:
-    return _Wire(
+def to_wire(evidence: Evidence) -> EvidenceObject:
+    """Return evidence in its JSON form."""
+    return EvidenceObject(
         evidence.kind,
         base64.b64encode(evidence.body).decode(),
         evidence.certificates.decode("ascii"),
         {name: base64.b64encode(content).decode() for name, content in evidence.collateral.items()},
-        tuple(_to_wire(device) for device in evidence.devices),
+        tuple(to_wire(device) for device in evidence.devices),
     )
 
 
-def _from_wire(wire: _Wire) -> Evidence:
+def from_wire(wire: EvidenceObject) -> Evidence:
+    """Read evidence from its JSON form.
+
+    Raises:
+        MalformedEvidence: it is of no kind that is known, not encoded as it should be, or has too many devices.
+    """
     if any(device.devices for device in wire.devices) or len(wire.devices) > MAX_DEVICES:
         raise MalformedEvidence(f"expected at most {MAX_DEVICES} devices, and none that have devices")
-    return Evidence(
-        wire.kind,
-        base64.b64decode(wire.body, validate=True),
-        wire.certificates.encode("ascii"),
-        {name: base64.b64decode(content, validate=True) for name, content in wire.collateral.items()},
-        tuple(_from_wire(device) for device in wire.devices),
-    )
+    try:
+        return Evidence(
+            Kind(wire.kind),
+            base64.b64decode(wire.body, validate=True),
+            wire.certificates.encode("ascii"),
+            {name: base64.b64decode(content, validate=True) for name, content in wire.collateral.items()},
+            tuple(from_wire(device) for device in wire.devices),
+        )
+    except ValueError as error:
+        raise MalformedEvidence(f"the evidence cannot be read ({error})") from error
 
 
 @dataclass(frozen=True, slots=True)

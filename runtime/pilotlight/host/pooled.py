@@ -20,6 +20,7 @@ from pilotlight.host.verified import Verified
 from pilotlight.host.wire import ReplicaSpec
 from pilotlight.metering.price_schedule import PriceSchedule
 from pilotlight.metering.record import Capacity
+from pilotlight.tee import TeeLabel
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,7 @@ class Surroundings:
     launcher: Launcher
     machine: Machine
     verified: Verified
+    tee: TeeLabel = TeeLabel.NONE
 
 
 def open_pooled(name: str, settings: FunctionSettings, around: Surroundings) -> tuple[Function, Pool]:
@@ -56,6 +58,7 @@ def open_pooled(name: str, settings: FunctionSettings, around: Surroundings) -> 
         max_context_tokens=context,
         max_duration_s=settings.max_duration_s,
         capacity=Capacity(around.host.capacity),
+        tee=around.tee,
         observer=around.metrics,
     )
     return function, pool

@@ -19,6 +19,7 @@ from pilotlight.api.response_store import ResponseStore
 from pilotlight.config import LOOPBACK, FunctionSettings, HostSettings, Settings
 from pilotlight.errors import ConfigError
 from pilotlight.function import Function
+from pilotlight.host.attesting import open_attester
 from pilotlight.host.courier import Courier
 from pilotlight.host.deployments import Deployments, Version
 from pilotlight.host.launcher import ZygoteLauncher
@@ -33,6 +34,7 @@ from pilotlight.metering.machine_cost import micros_per_hour
 from pilotlight.metering.opening import open_ledger
 from pilotlight.metering.signing import Signer
 from pilotlight.metering.sql_ledger import SqlLedger
+from pilotlight.tee import TeeLabel
 
 BACKLOG = 2048
 CLOSE_TIMEOUT_S = 5
@@ -54,6 +56,7 @@ def run(settings: Settings, on_ready: OnReady) -> None:
 async def _serve(settings: Settings, on_ready: OnReady) -> None:
     # the port first: a start in vain should not load a model
     ledger_at = located(settings.host.ledger)
+    attester = open_attester(settings)
     with (
         _bind(settings.host) as listener,
         open_ledger(ledger_at, _signer(settings.host), settings.host.cache_dir) as ledger,
@@ -65,7 +68,8 @@ async def _serve(settings: Settings, on_ready: OnReady) -> None:
         host = settings.host
         machine = Machine(host.memory_budget_mb * 1_000_000)
         launcher = ZygoteLauncher()
-        around = Surroundings(host, ledger, metrics, launcher, machine, Verified(cache_dir(host)))
+        tee = TeeLabel.NONE if attester is None else attester.label
+        around = Surroundings(host, ledger, metrics, launcher, machine, Verified(cache_dir(host)), tee)
         functions = Deployments()
         control = HostControl(functions, around, launcher)
         ticks: asyncio.Task[None] | None = None
@@ -79,7 +83,9 @@ async def _serve(settings: Settings, on_ready: OnReady) -> None:
                 pool.act()
                 _meter_replicas(meter, name, of_function, functions)
             metrics.watch(functions)
-            app = Api(functions, ledger, metrics, host.max_body_bytes, responses, keyring, kept_answers, control).app()
+            app = Api(
+                functions, ledger, metrics, host.max_body_bytes, responses, keyring, kept_answers, control, attester
+            ).app()
             launcher.start()
             ticks = asyncio.create_task(machine.run())
             clerks = await _clerks(settings, functions, ledger, meter)

@@ -11,6 +11,7 @@ import msgspec
 from pilotlight.metering.prices import PriceTable
 from pilotlight.metering.usage import Timings, Usage
 from pilotlight.request import FinishReason
+from pilotlight.tee import TeeLabel
 
 SCHEMA_VERSION = 2
 CRASH_DETAIL = "the process ended before the invocation did"
@@ -26,7 +27,8 @@ class Capacity(StrEnum):
 class Admission(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What is known of an invocation before its first token, and enough to close it after a crash.
 
-    ``model`` is the artifact's source. What is reserved is the most that the invocation can use and cost.
+    ``model`` is the artifact's source; ``tee`` says what the machine could prove of itself. What is reserved is the
+    most that the invocation can use and cost.
     """
 
     request_id: str
@@ -39,6 +41,7 @@ class Admission(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     prices: PriceTable
     model: str | None = None
     capacity: Capacity = Capacity.ON_DEMAND
+    tee: TeeLabel = TeeLabel.NONE
     attempt: int = 1
     tenant: str | None = None
     key_id: str | None = None
@@ -91,6 +94,7 @@ class UsageRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     currency: str
     model: str | None = None
     capacity: Capacity = Capacity.ON_DEMAND
+    tee: TeeLabel = TeeLabel.NONE
     idempotency_key: str | None = None
     reserved_tokens: int | None = None
     reserved_micros: int | None = None
