@@ -14,7 +14,17 @@ from pilotlight.artifact import BATCH_GRAPH, GRAPH, PREFILL_GRAPH, PREFILL_WEIGH
 from pilotlight_export.fuse.graph import ABSTRACT, KERNELS, Array, add_node, array_of, named, operand
 from pilotlight_export.kv_cache import Scales, quantize_cache
 from pilotlight_export.quantize import QuantizedBlocks, quantize_blocks, quantize_columns
-from pilotlight_export.recipes import ACCURACY_LEVEL, EMBEDDING, HEAD, Blocks, Columns, GraphRecipe, Halves, Recipe
+from pilotlight_export.recipes import (
+    ACCURACY_LEVEL,
+    EMBEDDING,
+    HEAD,
+    TIED_HEAD,
+    Blocks,
+    Columns,
+    GraphRecipe,
+    Halves,
+    Recipe,
+)
 from pilotlight_export.weights import WeightFile
 
 IR_VERSION = 10
@@ -91,6 +101,7 @@ class _Lowering:
         self._recipe = recipe
         self._weights = weights
         self._heads = heads
+        self._embeddings = {named(operand(node, 0)) for node in graph if node.op_type == "Embedding"}
         self._stored: dict[str, ir.Value] = {}
         self._widened: dict[str, ir.Value] = {}
 
@@ -128,7 +139,7 @@ class _Lowering:
 
     def _linear(self, node: ir.Node) -> ir.Value:
         weight = operand(node, 1)
-        scheme = self._recipe.scheme_for(named(weight))
+        scheme = self._recipe.scheme_for(TIED_HEAD if named(weight) in self._embeddings else named(weight))
         if isinstance(scheme, Blocks):
             return self._block_product(node, weight, scheme)
         if isinstance(scheme, Columns):

@@ -111,6 +111,8 @@ INT4_NEAREST = Blocks(bits=4, scales="nearest")
 
 EMBEDDING = "*embed_tokens.weight"
 HEAD = "*lm_head.weight"
+TIED_HEAD = "lm_head.weight"
+"""What a product with the embedding goes by."""
 FIRST_LAYER = "*.layers.0.*"
 ROTARY: Rules = (("rotary*", Halves()),)
 
@@ -123,7 +125,7 @@ def _with_heads(scheme: Scheme, rules: Rules) -> Rules:
     return ((EMBEDDING, scheme), (HEAD, scheme), *rules)
 
 
-_BATCHES = GraphRecipe(_with_heads(INT4, (*ROTARY, *_W8A8)))
+_BATCHES = GraphRecipe(((EMBEDDING, INT4), *ROTARY, *_W8A8))
 
 EXACT = Recipe("fp32", "fp32", GraphRecipe())
 _ALL = (

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pilotlight.artifact import GRAPH, KV_SCALES, Artifact, open_artifact
+from pilotlight.artifact import BATCH_GRAPH, KV_SCALES, Artifact, open_artifact
 from pilotlight.engine.pace import DEFAULT_MIN_BATCH_ROWS, DecodeGraph
 from pilotlight.engine.session import OnnxSession, quickest_graphs
 from pilotlight.errors import ArtifactError
@@ -66,14 +66,14 @@ def test_a_prompt_does_not_touch_other_slots(session: OnnxSession) -> None:
     assert np.array_equal(found, expected[1])
 
 
-def lean_beside(session: OnnxSession, artifact: Artifact) -> OnnxSession:
+def lean_beside(session: OnnxSession, artifact: Artifact, *, prepacks: bool = True) -> OnnxSession:
     graphs = quickest_graphs(artifact.manifest)
-    assert graphs == (GRAPH,)
-    return OnnxSession(artifact, len(PROMPTS), CONTEXT, num_threads=1, graphs=graphs, beside=session)
+    assert graphs == (BATCH_GRAPH,)
+    return OnnxSession(artifact, len(PROMPTS), CONTEXT, 1, graphs=graphs, prepacks=prepacks, beside=session)
 
 
 def test_a_prompt_goes_on_in_the_whole_session(session: OnnxSession, demo_hybrid: Artifact) -> None:
-    """A replica begins on its main graph alone, and moves over between two chunks."""
+    """A replica begins on its graph for batches alone, and moves over between two chunks."""
     expected = steps(session, 1, 2)
     prompt = np.array(PROMPTS[0])
     session.prefill(1, np.array(PROMPTS[3]), 0)  # another prompt was read between
@@ -85,13 +85,30 @@ def test_a_prompt_goes_on_in_the_whole_session(session: OnnxSession, demo_hybrid
     assert session.save_prefix(0, 0, 8) is not None
 
 
-def test_a_lean_session_steps_as_the_whole_one(session: OnnxSession, demo_hybrid: Artifact) -> None:
-    expected = steps(session, 1, 3)
-    session.prefill(0, np.array(PROMPTS[0]), 0)
-    lean = lean_beside(session, demo_hybrid)
+@pytest.mark.parametrize("prepacks", [True, False])
+def test_a_lean_session_steps_as_the_whole_one(session: OnnxSession, demo_hybrid: Artifact, prepacks: bool) -> None:
+    """Its sums are of integers, so it does not matter how the weights are laid out."""
+    expected = steps(session, len(PROMPTS), 3)
+    steps(session, len(PROMPTS), 0)
+    lean = lean_beside(session, demo_hybrid, prepacks=prepacks)
+    lengths = np.array([len(prompt) for prompt in PROMPTS])
     for index in range(3):
-        logits = lean.decode(expected[index].argmax(axis=-1), np.array([len(PROMPTS[0]) + index]))
+        logits = lean.decode(expected[index].argmax(axis=-1), lengths + index)
         assert np.array_equal(logits, expected[index + 1])
+
+
+def test_a_prompt_is_read_alike_with_and_without_prepacked_weights(session: OnnxSession, demo_hybrid: Artifact) -> None:
+    prompt = np.array(PROMPTS[1])
+    packed, unpacked = (lean_beside(session, demo_hybrid, prepacks=prepacks) for prepacks in (True, False))
+    assert np.array_equal(packed.prefill(0, prompt, 0), unpacked.prefill(1, prompt, 0))
+
+
+def test_a_kept_graph_opens_without_its_prepacked_weights(demo_hybrid: Artifact, tmp_path: Path) -> None:
+    prompt = np.array(PROMPTS[1])
+    graphs = quickest_graphs(demo_hybrid.manifest)
+    options = (demo_hybrid, len(PROMPTS), CONTEXT, 1, tmp_path)
+    kept = OnnxSession(*options, graphs=graphs).prefill(0, prompt, 0)
+    assert np.array_equal(OnnxSession(*options, graphs=graphs, prepacks=False).prefill(0, prompt, 0), kept)
 
 
 def test_the_cache_takes_a_byte_a_value(session: OnnxSession, demo_hybrid: Artifact) -> None:

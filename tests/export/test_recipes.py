@@ -5,7 +5,17 @@ from __future__ import annotations
 import pytest
 
 from pilotlight_export.errors import UnknownRecipe
-from pilotlight_export.recipes import EXACT, PRECISIONS, RECIPES, Blocks, GraphRecipe, choose_recipe, recipe_names
+from pilotlight_export.recipes import (
+    EXACT,
+    PRECISIONS,
+    RECIPES,
+    TIED_HEAD,
+    Blocks,
+    Columns,
+    GraphRecipe,
+    choose_recipe,
+    recipe_names,
+)
 
 INT4 = Blocks(bits=4)
 INT8 = Blocks(bits=8)
@@ -35,11 +45,13 @@ def test_a_recipe_of_another_precision_is_refused() -> None:
         choose_recipe("int8", "int4")
 
 
-def test_both_graphs_of_a_hybrid_use_one_embedding_and_head() -> None:
+def test_the_graphs_of_a_hybrid_use_one_embedding_and_two_heads() -> None:
     hybrid = RECIPES["hybrid"]
     assert hybrid.prefill is not None
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        assert hybrid.prefill.scheme_for(name) == hybrid.graph.scheme_for(name)
+    embedding = "model.embed_tokens.weight"
+    assert hybrid.prefill.scheme_for(embedding) == hybrid.graph.scheme_for(embedding)
+    assert isinstance(hybrid.prefill.scheme_for(TIED_HEAD), Columns), "which needs no prepacking to be quick"
+    assert isinstance(hybrid.graph.scheme_for(TIED_HEAD), Blocks)
 
 
 def test_the_summary_tells_both_graphs_apart() -> None:

@@ -89,13 +89,15 @@ class OnnxSession:
         cache_dir: Path | None = None,
         *,
         graphs: Iterable[str] = ALL_GRAPHS,
+        prepacks: bool = True,
         beside: OnnxSession | None = None,
         profile_prefix: str | None = None,
     ) -> None:
         """Load the graphs and allocate the KV cache. In ``cache_dir`` the optimized graphs are kept for the next start.
 
         Of two sessions ``beside`` each other, on one cache, either can run the next step of any sequence. A session
-        of some of the ``graphs`` is sooner ready.
+        of some of the ``graphs`` is sooner ready, and sooner still one that lays out no weights for its kernels
+        beforehand: those of int8 products do it in each run then, which costs a prompt little and a step a lot.
         With a ``profile_prefix``, ONNX Runtime writes its own profile to files that begin so, until ``end_profiles``.
 
         Raises:
@@ -117,11 +119,11 @@ class OnnxSession:
 
         def load(name: str, cache: KvCache) -> _Graph:
             if artifact.contents is not None:
-                session = _open_in_memory(artifact, name, _options(num_threads))
-            elif profile_prefix is None:
-                session = _load(artifact, name, num_threads, kept)
-            else:
+                session = _open_in_memory(artifact, name, _options(num_threads) if prepacks else _hasty(num_threads))
+            elif profile_prefix is not None:
                 session = _open(artifact.path / name, _profiling_options(num_threads, profile_prefix))
+            else:
+                session = (_load if prepacks else _load_as_it_is)(artifact, name, num_threads, kept)
             self._sessions.append(session)
             return _Graph(session, cache, manifest.shapes)
 
@@ -179,9 +181,7 @@ class OnnxSession:
 
 def quickest_graphs(manifest: Manifest) -> tuple[str, ...]:
     """Return the graph that gives a first token soonest and can go on from there."""
-    if PREFILL_GRAPH in manifest.files and not manifest.stages_prompts:
-        return (PREFILL_GRAPH,)
-    return (GRAPH,)
+    return next((name,) for name in (BATCH_GRAPH, PREFILL_GRAPH, GRAPH) if name in manifest.files)
 
 
 @dataclass(slots=True)
@@ -326,6 +326,16 @@ def _open_in_memory(artifact: Artifact, name: str, options: ort.SessionOptions) 
     return session
 
 
+def _load_as_it_is(artifact: Artifact, name: str, num_threads: int, cache: GraphCache | None) -> ort.InferenceSession:
+    """Open what the cache keeps of a graph whose kernels do without prepacked weights; the first time, keep it."""
+    kept = cache.find(artifact, name) if cache is not None else None
+    if kept is None:
+        return _load(artifact, name, num_threads, cache)
+    options = _hasty(num_threads)
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return _open(kept, options)
+
+
 def _open_and_keep(path: Path, target: Path, num_threads: int, manifest: Manifest) -> ort.InferenceSession:
     """Open what is written to ``target``: the graph as it was optimized, with its weights prepacked where that works.
 
@@ -390,6 +400,13 @@ def _options(num_threads: int) -> ort.SessionOptions:
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     options.add_session_config_entry("session.prepack.enable_parallel", "1")
+    return options
+
+
+def _hasty(num_threads: int) -> ort.SessionOptions:
+    """Return the options of a session that lays out no weights for its kernels."""
+    options = _options(num_threads)
+    options.add_session_config_entry("session.disable_prepacking", "1")
     return options
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pilotlight.artifact import PREFILL_GRAPH, Artifact
+from pilotlight.artifact import GRAPH, PREFILL_GRAPH, Artifact
 from pilotlight.engine.engine import Engine, Event
 from pilotlight.engine.grammar import Grammars
 from pilotlight.engine.session import ALL_GRAPHS, OnnxSession, quickest_graphs, return_freed_memory
@@ -42,8 +42,9 @@ class Loaded:
         return Stages(origin, fork_ms, self.map_ms, self.session_ms, warm_up_ms, self.unseal_ms)
 
 
-def load(spec: ReplicaSpec) -> Loaded:
-    """Open an artifact, whose checksums the host has compared, and a lean session.
+def load(spec: ReplicaSpec, *, for_long: bool) -> Loaded:
+    """Open an artifact, whose checksums the host has compared, and a lean session: the one that is ready soonest, or
+    with ``for_long`` the one that answers soonest when it is there already.
 
     Raises:
         ArtifactError: the artifact is damaged or cannot be loaded.
@@ -54,7 +55,15 @@ def load(spec: ReplicaSpec) -> Loaded:
     of_map_ms = _unseal_ms(artifact)
     # Where a request's tokens must not depend on what ran before it, they must not depend on the graph either.
     graphs = ALL_GRAPHS if spec.policy.deterministic else quickest_graphs(artifact.manifest)
-    session = OnnxSession(artifact, spec.num_slots, spec.max_context_tokens, 1, _cache_dir(spec), graphs=graphs)
+    session = OnnxSession(
+        artifact,
+        spec.num_slots,
+        spec.max_context_tokens,
+        1,
+        _cache_dir(spec),
+        graphs=graphs,
+        prepacks=for_long or GRAPH in graphs,
+    )
     unseal_ms = _unseal_ms(artifact)
     map_ms = _ms(mapped_at - begun_at) - of_map_ms
     session_ms = _ms(time.monotonic() - mapped_at) - (unseal_ms - of_map_ms)
@@ -78,7 +87,7 @@ def run(spec: ReplicaSpec, connection: socket.socket) -> None:
     fork_ms = _ms(time.monotonic() - spec.asked_at)
     wire = BlockingWire(connection)
     try:
-        loaded = load(spec)
+        loaded = load(spec, for_long=False)
         warm_up_ms = warm_up(loaded.session) if spec.num_warm_up_tokens else 0.0
     except (PilotlightError, MemoryError) as error:
         wire.send(Failed(problem_of(spec, error)))

@@ -141,7 +141,7 @@ def _child(message: ForkReplica | ForkTemplate, connection: socket.socket) -> No
 def _be_template(spec: ReplicaSpec, control: socket.socket) -> None:
     """Load what replicas of this spec begin with, then wait to be forked."""
     try:
-        loaded = replica.load(spec)
+        loaded = replica.load(spec, for_long=True)
         warm_up_ms = replica.warm_up(loaded.session)
     except (PilotlightError, MemoryError) as error:
         _report(control, Unfit(replica.problem_of(spec, error)))
