@@ -11,15 +11,21 @@ import onnx_ir as ir
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from pilotlight.artifact import Artifact, open_artifact
+from pilotlight.artifact import Artifact, Probe, open_artifact
+from pilotlight.engine.pace import DEFAULT_MIN_BATCH_ROWS, DecodeGraph
 from pilotlight.engine.session import OnnxSession
+from pilotlight_export.export import MAX_MEASURED_TOKENS
 from pilotlight_export.fuse import fuse
+from pilotlight_export.kv_cache import Scales, measure_kv_scales, write_kv_scales
 from pilotlight_export.lower import lower
 from pilotlight_export.pack import copy_texts, seal
 from pilotlight_export.quiet import quiet
-from pilotlight_export.recipes import Recipe
+from pilotlight_export.recipes import EXACT, Recipe
 from pilotlight_export.source import Source
 from pilotlight_export.trace import trace
+from pilotlight_export.verify.graph_runner import Graphs
+from pilotlight_export.verify.passages import sample_passages
+from pilotlight_export.verify.prompts import Prompts
 
 TokenIds = Sequence[int]
 Logits = NDArray[np.float32]
@@ -44,14 +50,27 @@ def build_artifacts(source: Source, recipes: Sequence[Recipe], directory: Path) 
     traced.mkdir(parents=True)
     fused = trace(source.directory, traced)
     fuse(fused, source.shapes)
-    return {recipe.name: _write(source, fused, recipe, directory / recipe.name) for recipe in recipes}
+    exact = directory / "exact"
+    exact.mkdir()
+    lower(fused, EXACT, exact)
+    kv_scales = _measure_cache(source, exact) if any(recipe.has_int8_cache for recipe in recipes) else None
+    return {recipe.name: _write(source, fused, recipe, kv_scales, directory / recipe.name) for recipe in recipes}
 
 
-def _write(source: Source, fused: ir.Model, recipe: Recipe, directory: Path) -> Artifact:
+def _measure_cache(source: Source, exact: Path) -> Scales:
+    graphs, prompts = Graphs(exact, source.shapes), Prompts(source.directory)
+    answers = sample_passages(graphs, prompts, source.special_tokens.eos_ids)
+    prose = prompts.prose(min(MAX_MEASURED_TOKENS, source.shapes.max_context_tokens))
+    return measure_kv_scales(graphs, [*(answer.tokens for answer in answers), prose])
+
+
+def _write(source: Source, fused: ir.Model, recipe: Recipe, kv_scales: Scales | None, directory: Path) -> Artifact:
     directory.mkdir()
-    lower(fused, recipe, directory)
+    lower(fused, recipe, directory, kv_scales if recipe.has_int8_cache else None)
+    if recipe.has_int8_cache and kv_scales is not None:
+        write_kv_scales(kv_scales, directory)
     copy_texts(source, directory)
-    seal(source, recipe, {}, directory)
+    seal(source, recipe, {}, Probe([], []), directory)
     return open_artifact(directory)
 
 
@@ -70,7 +89,8 @@ class PilotlightCandidate:
         return self._session.prefill(row, np.array(tokens, np.int64), 0)
 
     def step(self, tokens: NDArray[np.int64]) -> Logits:
-        logits = self._session.decode(tokens, self._lengths)
+        graph = DecodeGraph.BATCH if len(tokens) >= DEFAULT_MIN_BATCH_ROWS else DecodeGraph.MAIN
+        logits = self._session.decode(tokens, self._lengths, graph)
         self._lengths += 1
         return logits
 
