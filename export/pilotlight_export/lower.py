@@ -28,8 +28,6 @@ from pilotlight_export.recipes import (
 from pilotlight_export.weights import WeightFile
 
 IR_VERSION = 10
-LEAST_MAXIMUM = 1e-30
-"""Keeps a token whose activations are all zero from being divided by zero."""
 
 OnWeight = Callable[[int, int], None]
 QuantizedHeads = dict[tuple[str, Blocks], QuantizedBlocks]
@@ -169,16 +167,16 @@ class _Lowering:
     def _int8_product(self, node: ir.Node, weight: ir.Value, scheme: Columns) -> ir.Value:
         """Scale each token to its own maximum, multiply in int8, and scale back.
 
-        No token sees another one's maximum, so a row's result does not depend on the rows beside it.
+        No token sees another one's maximum, so a row's result does not depend on the rows beside it. Of a token that is
+        all zeros, the ratios are no numbers; whatever integers they become are scaled back by zero.
         """
         quantized = quantize_columns(array_of(weight), scheme)
         integers = self._store(f"{named(weight)}.integers", quantized.integers)
         scales = self._store(f"{named(weight)}.column_scales", quantized.scales)
         name, x = _name(node), operand(node, 0)
-        axes, least = self._store("last_axis", np.array([-1])), self._store("least_maximum", _float(LEAST_MAXIMUM))
+        axes = self._store("last_axis", np.array([-1]))
         step, middle = self._store("int8_step", _float(1 / 127)), self._store("int8_middle", np.array(128, np.uint8))
-        largest = self._add("ReduceMax", [self._add("Abs", [x], f"{name}/Abs"), axes], f"{name}/ReduceMax")
-        maximum = self._add("Max", [largest, least], f"{name}/Max")
+        maximum = self._add("ReduceMax", [self._add("Abs", [x], f"{name}/Abs"), axes], f"{name}/ReduceMax")
         ratio = self._add("Div", [x, maximum], f"{name}/Div")
         tokens = self._add("QuantizeLinear", [ratio, step, middle], f"{name}/QuantizeLinear")
         inputs = [tokens, integers, step, scales, middle]
