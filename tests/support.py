@@ -20,6 +20,7 @@ from pilotlight.api.app import Api
 from pilotlight.api.idempotency import KeptAnswers
 from pilotlight.api.metrics import Metrics
 from pilotlight.api.response_store import ResponseStore
+from pilotlight.api.resumption import resume_tokens
 from pilotlight.artifact import (
     CHAT_TEMPLATE,
     GENERATION_CONFIG,
@@ -140,6 +141,7 @@ async def serving(
     resume_window_s: float = 30.0,
     max_kept_answer_bytes: int = 1_000_000,
     resumes_all_streams: bool = False,
+    resume_secret: str = "",
 ) -> AsyncIterator[Serving]:
     session = session or FakeSession(VOCAB_SIZE)
     grammars = Grammars(artifact.tokenizer_path, VOCAB_SIZE, [EOS_ID])
@@ -159,7 +161,17 @@ async def serving(
             ledger, resume_window_s, 3600, max_kept_answer_bytes, resumes_all_streams=resumes_all_streams
         )
         metrics.watch({"toy": function})
-        app = Api({"toy": function}, ledger, metrics, MAX_BODY_BYTES, responses, keyring, kept_answers).app()
+        tokens = resume_tokens(HostSettings(resume_secret=resume_secret))
+        app = Api(
+            {"toy": function},
+            ledger,
+            metrics,
+            MAX_BODY_BYTES,
+            responses,
+            keyring,
+            kept_answers,
+            resume_tokens=tokens,
+        ).app()
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         try:
             async with httpx.AsyncClient(transport=transport, base_url="http://toy") as client:

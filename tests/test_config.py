@@ -68,7 +68,7 @@ def test_an_unknown_variable_is_an_error() -> None:
         "PILOTLIGHT_MEMORY_BUDGET_MB, PILOTLIGHT_HANG_TIMEOUT_S, "
         "PILOTLIGHT_SIGNING_KEY, PILOTLIGHT_CAPACITY, "
         "PILOTLIGHT_RESUME_WINDOW_S, PILOTLIGHT_RESUMABLE_STREAMS, PILOTLIGHT_IDEMPOTENCY_TTL_S, "
-        "PILOTLIGHT_MAX_KEPT_ANSWER_BYTES, "
+        "PILOTLIGHT_MAX_KEPT_ANSWER_BYTES, PILOTLIGHT_RESUME_SECRET, PILOTLIGHT_RESUME_TTL_S, "
         "PILOTLIGHT_ARTIFACT, PILOTLIGHT_CONFIG, PILOTLIGHT_INVOKE_MODE, PILOTLIGHT_LEDGER_TABLE"
     )
     assert load_settings(None, {"PILOTLIGHT_ARTIFACT": "demo"}).host == HostSettings()
@@ -93,12 +93,15 @@ def test_every_host_setting_has_its_variable() -> None:
         "PILOTLIGHT_RESUMABLE_STREAMS": "all",
         "PILOTLIGHT_IDEMPOTENCY_TTL_S": "3",
         "PILOTLIGHT_MAX_KEPT_ANSWER_BYTES": "4",
+        "PILOTLIGHT_RESUME_SECRET": "quite a long secret",
+        "PILOTLIGHT_RESUME_TTL_S": "5",
     }
     names = {f"PILOTLIGHT_{field.name.upper()}" for field in msgspec.structs.fields(HostSettings)}
     assert names == environment.keys()
     assert load_settings(None, environment).host == HostSettings(
-        "localhost", 0, "other.db", 10, "", "responses.db", 60.0, 20, 0.5, 100, 5.0, "key.pem", "spot", 2, "all", 3, 4
-    )
+        "localhost", 0, "other.db", 10, "", "responses.db", 60.0, 20, 0.5, 100, 5.0, "key.pem", "spot", 2, "all", 3, 4,
+        "quite a long secret", 5.0,
+    )  # fmt: skip
 
 
 def test_port_is_honoured_and_our_own_variable_wins() -> None:

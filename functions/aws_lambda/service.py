@@ -10,6 +10,7 @@ from handler import Handler, poll_all
 from lambda_settings import LambdaSettings
 from pilotlight.api.app import Api
 from pilotlight.api.response_store import ResponseStore
+from pilotlight.api.resumption import resume_tokens
 from pilotlight.function import UsageLedger
 from pilotlight.host.inprocess import open_function
 from pilotlight.metering.dynamodb_ledger import DynamoDbLedger
@@ -38,7 +39,14 @@ class Service:
         stages.end("function")
         metrics.watch({settings.name: self.function})
         responses = ResponseStore.open(settings.host)
-        app = Api({settings.name: self.function}, ledger, metrics, settings.host.max_body_bytes, responses).app()
+        app = Api(
+            {settings.name: self.function},
+            ledger,
+            metrics,
+            settings.host.max_body_bytes,
+            responses,
+            resume_tokens=resume_tokens(settings.host),
+        ).app()
         self._handler = Handler(client, app, self.function, settings.url_reading)
         self._num_pollers = settings.num_pollers
 

@@ -5,7 +5,7 @@ A choice is one sequence's continuation of the prompt; a request may ask for sev
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import msgspec
@@ -92,6 +92,8 @@ class ChoiceStream:
         self.sequence_id = sequence_id
         self.finish: FinishReason | None = None
         self.stop_detail: str | None = None
+        self.token_ids: list[int] = []
+        self.begun_calls: list[ToolCall] = []
         self._stop_ids = stop_ids
         self._text = text
         self._calls = calls
@@ -105,6 +107,7 @@ class ChoiceStream:
     def push(self, event: TokenEvent, tokenizer: Tokenizer) -> Delta:
         """Return what a token adds. The one that ends an answer by its id has no text, but releases what was held."""
         assert event.token_id is not None
+        self.token_ids.append(event.token_id)
         stops = event.token_id in self._stop_ids
         text = "" if stops else self._text.push(event.token_id)
         if event.finish is not None:
@@ -115,6 +118,13 @@ class ChoiceStream:
             self.finish, self.stop_detail = FinishReason.STOP, self._text.stopped_by
         ended = event.finish is not None or self.finish is not None
         return self._delta(text, (event.token_id,), logprobs, _parsed_end if ended else ToolCallParser.push)
+
+    def replay(self, token_ids: Iterable[int], tokenizer: Tokenizer) -> None:
+        """Take in the part of the answer that its client has already; what it held back is held back again."""
+        begun = Choice(self.index, FinishReason.LENGTH)
+        for token_id in token_ids:
+            begun.add(self.push(TokenEvent(token_id, 0.0), tokenizer))
+        self.begun_calls = begun.tool_calls
 
     def cut(self) -> Delta:
         """End the choice where it stands, and return what was held back."""

@@ -48,6 +48,8 @@ class HostSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     resumable_streams: Literal["idempotent", "all"] = "idempotent"
     idempotency_ttl_s: Annotated[float, Meta(gt=0, le=31 * 86400)] = 86400.0
     max_kept_answer_bytes: Positive = 64 * 1024 * 1024
+    resume_secret: str = ""
+    resume_ttl_s: Annotated[float, Meta(gt=0, le=86400)] = 300.0
 
 
 class FunctionSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -13,10 +13,12 @@ import itertools
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from enum import StrEnum
+from functools import cached_property
 from typing import Any, Protocol
 
 import msgspec
@@ -41,7 +43,7 @@ from pilotlight.metering.marks import Mark
 from pilotlight.metering.prices import PriceTable
 from pilotlight.metering.record import Admission, Capacity, UsageRecord, final_record, utc_text
 from pilotlight.metering.usage import Timings, Usage
-from pilotlight.request import FinishReason, SamplingParams, Sequence, Signals, Start, TokenEvent
+from pilotlight.request import Continuation, FinishReason, SamplingParams, Sequence, Signals, Start, TokenEvent
 from pilotlight.tee import TeeLabel
 from pilotlight.text.chat_template import load_chat_template
 from pilotlight.text.detokenizer import TextStream
@@ -56,6 +58,15 @@ MAX_INLINE_CHARACTERS = 4096
 """Longer texts are tokenized on another thread, so that they don't hold up the streams of others."""
 
 _NO_START = Start(0.0, 0.0, 0.0, 0.0, 0.0)
+
+
+class Cut(StrEnum):
+    """Why an answer was ended that had more to say."""
+
+    DEADLINE = "the time that the platform or the function allows"
+    TIMEOUT = "the time that the client allows"
+    SHUTDOWN = "the server shuts down"
+
 
 RETRY_DELAYS_S = (0.1, 0.3, 1.0, 3.0, 5.0)
 """How long to wait before a record is written again, while the ledger cannot be written."""
@@ -131,7 +142,8 @@ class Request:
     A ``grammar`` (see ``text.grammar``) holds the answer to a form; ``grammar_param`` is where a client gave it.
     With ``num_top_logprobs`` each token comes with its log probability, and so many of the likeliest ones.
     Requests of one ``tenant`` with the same ``cache_key`` reuse each other's prompts where they begin the same.
-    At ``deadline_at``, a monotonic instant, the answer ends as if its length were reached.
+    At ``deadline_at``, a monotonic instant, the answer ends as if its length were reached, and at ``timeout_at``, which
+    is the client's own wish. With ``seal``, an answer that is cut off gives a token that ``continues`` it.
     """
 
     id: str
@@ -151,6 +163,9 @@ class Request:
     tools: ToolUse | None = None
     received_at: float = field(default_factory=time.monotonic)
     deadline_at: float | None = None
+    timeout_at: float | None = None
+    continues: Continuation | None = None
+    seal: Callable[[Continuation], str] | None = None
     tenant: str | None = None
     key_id: str | None = None
     claim: Claim | None = None
@@ -174,7 +189,8 @@ class Invocation:
         self.num_delivered_tokens = 0
         self.record: UsageRecord | None = None
         self.failure: PilotlightError | None = None
-        self.expired = False
+        self.cut: Cut | None = None
+        self.seed = 0
         self.cancelled = False
         self.submitted = False
         self.unmetered: LedgerUnavailable | None = None
@@ -206,6 +222,8 @@ class Invocation:
         """Return the whole answer, once its usage record is durable; raises what iterating over it raises."""
         deltas = [delta async for delta in self]
         choices = [Choice(stream.index, self.finish(stream.index)) for stream in self.streams]
+        for choice, stream in zip(choices, self.streams, strict=True):
+            choice.tool_calls = list(stream.begun_calls)
         for delta in deltas:
             choices[delta.choice].add(delta)
         return choices
@@ -220,10 +238,32 @@ class Invocation:
         """End the generation within a step; what was generated is metered. Harmless when it has ended."""
         self.function.cancel(self.request.id)
 
-    def expire(self) -> None:
-        """End the generation within a step, because its deadline has come."""
-        self.expired = True
+    def end_early(self, cut: Cut) -> None:
+        """End the generation within a step, as if its length were reached."""
+        self.cut = self.cut or cut
         self.cancel()
+
+    @property
+    def continuation(self) -> Continuation | None:
+        """What another invocation needs to go on with this answer, if it was cut off.
+
+        One that its client wished to end is no longer paid for, or its prompt could be read for nothing any number of
+        times.
+        """
+        if self.cut is None or self.streams[0].finish is not FinishReason.DEADLINE:
+            return None
+        emitted_ids = tuple(self.streams[0].token_ids)
+        before = self.request.continues
+        paid = bool(emitted_ids) and self.cut is not Cut.TIMEOUT
+        return Continuation(self.request.id if before is None else before.first_id, emitted_ids, self.seed, paid)
+
+    @cached_property
+    def resume_token(self) -> str | None:
+        """The token that continues this answer, where it was cut off and there are such tokens."""
+        continuation = self.continuation
+        if self.request.seal is None or continuation is None:
+            return None
+        return self.request.seal(continuation)
 
     def push(self, item: Delta | PilotlightError | None) -> None:
         self._deltas.put(item)
@@ -250,6 +290,7 @@ class _Progress:
     num_cached_tokens: int = 0
     num_migrations: int = 0
     retry_after_s: float | None = None
+    prompt_is_paid: bool = False
 
     def count(self, event: TokenEvent) -> None:
         """Count one token of any choice."""
@@ -258,7 +299,7 @@ class _Progress:
         if self.first_token_at is None:
             self.first_token_at = event.at
             self.prefill_started_at = event.prefill_started_at
-            self.num_cached_tokens = event.num_cached_tokens
+            self.num_cached_tokens = 0 if self.prompt_is_paid else event.num_cached_tokens
         if event.replica_id is not None or event.num_recomputed_tokens:
             self._note_replica(event)
 
@@ -274,9 +315,13 @@ class _Progress:
     def mark(self, num_prompt_tokens: int) -> Mark:
         """Return what was used up to now, for the note of a token."""
         assert self.last_token_at is not None
-        began_at = self.prefill_started_at or self.last_token_at
-        busy_ms = round((self.last_token_at - began_at) * 1000)
-        return Mark(num_prompt_tokens, self.num_cached_tokens, self.num_completion_tokens, busy_ms)
+        return Mark(num_prompt_tokens, self.num_cached_tokens, self.num_completion_tokens, self.busy_ms)
+
+    @property
+    def busy_ms(self) -> int:
+        """How long prefill and decode took up to now; reading again what was paid for does not count."""
+        began_at = self.first_token_at if self.prompt_is_paid else self.prefill_started_at
+        return 0 if began_at is None or self.last_token_at is None else round((self.last_token_at - began_at) * 1000)
 
     def timings(self) -> Timings:
         """Return the stages' durations up to now."""
@@ -367,13 +412,16 @@ class Function:
         if request.grammar is not None:
             await _check_grammar(request, request.grammar)
         sequences = self._sequences(request, prompt_ids)
-        if request.id in self._running:
-            raise RequestIdInUse(request.id)
         streams = [
             ChoiceStream(index, sequence.id, sequence.stop_ids, self._text_stream(request), self._call_parser(request))
             for index, sequence in enumerate(sequences)
         ]
-        invocation = Invocation(self, request, len(prompt_ids), streams)
+        if request.continues is not None:
+            await asyncio.to_thread(streams[0].replay, request.continues.emitted_ids, self._tokenizer)
+        if request.id in self._running:
+            raise RequestIdInUse(request.id)
+        invocation = Invocation(self, request, _num_new_prompt_tokens(request, prompt_ids), streams)
+        invocation.seed = sequences[0].sampling.seed
         # What its key may not do takes no place and wakes nothing; without a key, the admission hardly ever fails, so
         # the prefill runs while it goes to disk.
         events = await self._submit(invocation, sequences) if request.key_id is None else None
@@ -429,8 +477,11 @@ class Function:
         self._drain_began.set()
         if self._running:
             await asyncio.wait(self._tasks(), timeout=timeout_s)
-        for request_id in list(self._running):
-            self.cancel(request_id)
+        for invocation in list(self._running.values()):
+            if invocation.request.seal is not None:
+                invocation.end_early(Cut.SHUTDOWN)
+            else:
+                invocation.cancel()
         await asyncio.gather(*self._tasks())
 
     async def close(self) -> None:
@@ -520,13 +571,20 @@ class Function:
         beyond = [token_id for token_id in sampling.logit_bias if token_id >= self.artifact.manifest.shapes.vocab_size]
         if beyond:
             raise InvalidRequest("logit_bias", f"logit_bias names token {beyond[0]}, which is not in the vocabulary")
+        max_new_tokens = min(request.max_new_tokens or room, room)
+        emitted_ids: tuple[int, ...] = ()
+        if request.continues is not None:
+            emitted_ids, sampling = request.continues.emitted_ids, replace(sampling, seed=request.continues.seed)
+            if len(emitted_ids) >= max_new_tokens:
+                raise InvalidRequest("resume_token", "resume_token: the context here holds no more of this answer")
         return Sequence(
             id=request.id,
             prompt_ids=prompt_ids,
-            max_new_tokens=min(request.max_new_tokens or room, room),
+            max_new_tokens=max_new_tokens,
             stop_ids=frozenset() if request.ignore_eos else self._stop_ids,
             sampling=sampling,
             num_top_logprobs=request.num_top_logprobs,
+            emitted_ids=emitted_ids,
             tenant=request.tenant,
             grammar=request.grammar,
             cache_key=request.cache_key,
@@ -537,6 +595,7 @@ class Function:
         request = invocation.request
         cold_start_ms, self._cold_start_to_report_ms = self._cold_start_to_report_ms, 0.0
         progress = _Progress(request.received_at, invocation.submitted_at, cold_start_ms)
+        progress.prompt_is_paid = request.continues is not None and request.continues.paid
         admission = self._admission(request, sequences)
         try:
             admitted = await self._ledger.admit(admission, request.claim)
@@ -630,9 +689,10 @@ class Function:
                 invocation.push(delta)
         if stream.finish is not None:
             self.backend.abort(stream.sequence_id)
-        elif event.finish is FinishReason.CANCELLED and invocation.expired:
-            stream.finish = FinishReason.DEADLINE
-            invocation.push(stream.cut())
+        elif event.finish is FinishReason.CANCELLED and invocation.cut is not None:
+            stream.finish, stream.stop_detail = FinishReason.DEADLINE, invocation.cut
+            if invocation.request.seal is None:  # or what is held back belongs to the continuation
+                invocation.push(stream.cut())
         elif event.finish is not None:
             stream.finish, stream.stop_detail = event.finish, event.error
             progress.retry_after_s = event.retry_after_s
@@ -699,8 +759,9 @@ class Function:
                 pass
 
     def _admission(self, request: Request, sequences: Items[Sequence]) -> Admission:
-        prompt_tokens = len(sequences[0].prompt_ids)
-        max_new_tokens = sum(sequence.max_new_tokens for sequence in sequences)
+        continues = request.continues
+        prompt_tokens = _num_new_prompt_tokens(request, sequences[0].prompt_ids)
+        max_new_tokens = sum(sequence.max_new_tokens - len(sequence.emitted_ids) for sequence in sequences)
         max_busy_ms = round(self.max_duration_s * 1000)
         started_at_utc = utc_text(datetime.now(UTC))
         prices = self.prices.at(started_at_utc)
@@ -721,6 +782,8 @@ class Function:
             idempotency_key=None if request.claim is None else request.claim.idempotency_key,
             reserved_tokens=prompt_tokens + max_new_tokens,
             reserved_micros=prices.most_micros(prompt_tokens, max_new_tokens, max_busy_ms),
+            resumes=None if continues is None else continues.first_id,
+            resumed_tokens=_num_known_tokens(request, sequences[0].prompt_ids) - prompt_tokens,
         )
 
 
@@ -747,12 +810,24 @@ class _Unobserved:
         pass
 
 
+def _num_known_tokens(request: Request, prompt_ids: Items[int]) -> int:
+    """Return how many tokens stand before the first new one: the prompt, and what a continuation goes on behind."""
+    return len(prompt_ids) + (0 if request.continues is None else len(request.continues.emitted_ids))
+
+
+def _num_new_prompt_tokens(request: Request, prompt_ids: Items[int]) -> int:
+    """Return how many tokens are billed as a prompt: none, where the answer was begun and paid for elsewhere."""
+    return 0 if request.continues is not None and request.continues.paid else _num_known_tokens(request, prompt_ids)
+
+
 @contextlib.contextmanager
 def _deadline(invocation: Invocation, latest_at: float) -> Iterator[None]:
-    """Have the invocation expire at its deadline, ``latest_at`` if it has none, if the block is not left before."""
-    deadline_at = invocation.request.deadline_at
-    left_s = max(0.0, (latest_at if deadline_at is None else min(deadline_at, latest_at)) - time.monotonic())
-    timer = asyncio.get_running_loop().call_later(left_s, invocation.expire)
+    """Have the invocation end early at its first deadline, ``latest_at`` at last, if the block is not left before."""
+    request = invocation.request
+    ends = [(latest_at, Cut.DEADLINE), (request.deadline_at, Cut.DEADLINE), (request.timeout_at, Cut.TIMEOUT)]
+    first_at, cut = min((at, cut) for at, cut in ends if at is not None)
+    left_s = max(0.0, first_at - time.monotonic())
+    timer = asyncio.get_running_loop().call_later(left_s, invocation.end_early, cut)
     try:
         yield
     finally:
@@ -771,7 +846,6 @@ def _new_replica_id(name: str) -> str:
 
 
 def _usage(invocation: Invocation, progress: _Progress) -> Usage:
-    timings = progress.timings()
     left_early = progress.finish is FinishReason.CANCELLED
     return Usage(
         prompt_tokens=invocation.num_prompt_tokens if progress.prefill_started_at is not None else 0,
@@ -780,7 +854,7 @@ def _usage(invocation: Invocation, progress: _Progress) -> Usage:
         delivered_tokens=invocation.num_delivered_tokens if left_early else progress.num_completion_tokens,
         recomputed_tokens=progress.num_recomputed_tokens,
         migrations=progress.num_migrations,
-        busy_ms=round(timings.prefill_ms + timings.decode_ms),
+        busy_ms=progress.busy_ms,
     )
 
 

@@ -76,6 +76,19 @@ class Sequence:
     cache_key: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Continuation:
+    """An answer that was cut off: what there is of it, and the seed that its random numbers come from.
+
+    ``first_id`` is the request id of the invocation that began it. What was ``paid`` for is not billed again.
+    """
+
+    first_id: str
+    emitted_ids: tuple[int, ...]
+    seed: int
+    paid: bool
+
+
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """How likely the model held a token, before any sampling parameter, and what it held likeliest there."""
 

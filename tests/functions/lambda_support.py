@@ -18,6 +18,7 @@ from runtime_client import RuntimeClient
 from support import VOCAB_SIZE, Serving, serving
 
 MANY_RUNS = 10_000
+RESUME_SECRET = "a secret of all sandboxes"
 
 
 class GatedSession(FakeSession):
@@ -48,7 +49,7 @@ async def on_lambda(
     num_pollers: int = 1,
 ) -> AsyncIterator[OnLambda]:
     with fake_runtime_api() as platform:
-        async with serving(artifact, directory, session) as toy:
+        async with serving(artifact, directory, session, resume_secret=RESUME_SECRET) as toy:
             handler = Handler(RuntimeClient(platform.address), toy.app, toy.function, url_reading)
             pollers = asyncio.create_task(poll_all(handler, num_pollers))
             try:

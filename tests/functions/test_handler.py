@@ -16,6 +16,7 @@ from handler import DEADLINE_MARGIN_S
 from lambda_support import GatedSession, OnLambda, on_lambda
 from pilotlight.artifact import Artifact
 from pilotlight.engine.fake import FakeSession
+from pilotlight.metering.record import UsageRecord
 from pilotlight.request import FinishReason
 from runtime_client import HTTP_INTEGRATION
 from support import VOCAB_SIZE, events, expected_tokens, toy_tokenizer
@@ -281,6 +282,42 @@ def test_generation_ends_before_the_deadline(
             assert record is not None
             assert record.finish_reason is FinishReason.DEADLINE
             assert record.delivered_tokens == record.completion_tokens == frames[-1]["usage"]["completion_tokens"]
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_next_invocation_goes_on_where_the_deadline_came(
+    toy_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    """The second invocation runs in another sandbox, which knows the secret and the token only."""
+    asked = {"stream": stream, "max_tokens": 40}
+    frames: list[list[dict[str, Any]]] = []
+
+    async def ask(aws: OnLambda, **params: Any) -> UsageRecord:
+        exchange = aws.platform.invoke_http("POST", COMPLETIONS, body(**asked, **params))
+        prelude, payload = await wait_for(exchange.http)
+        frames.append(events(payload) if stream else [json.loads(payload)])
+        record = aws.toy.ledger.get(prelude["headers"]["x-request-id"])
+        assert record is not None
+        return record
+
+    async def scenario() -> None:
+        session = GatedSession()
+        async with on_lambda(toy_artifact, tmp_path, session) as aws:
+            expired = cancelled(aws, monkeypatch)
+            session.permit(3)
+            exchange = aws.platform.invoke_http("POST", COMPLETIONS, body(**asked), left_s=DEADLINE_MARGIN_S + 0.1)
+            await expired.wait()
+            session.permit(40)
+            _, payload = await wait_for(exchange.http)
+            frames.append(events(payload) if stream else [json.loads(payload)])
+        usage = frames[0][-1]["usage"]
+        async with on_lambda(toy_artifact, tmp_path) as aws:
+            record = await ask(aws, resume_token=usage["pilotlight"]["resume_token"])
+        assert chosen(frames[0] + frames[1]) == expected_tokens(PROMPT_IDS, 40, frozenset())
+        assert (record.prompt_tokens, record.resumed_tokens) == (0, usage["total_tokens"])
+        assert record.completion_tokens == 40 - usage["completion_tokens"]
 
     asyncio.run(scenario())
 

@@ -35,6 +35,8 @@ ADMISSION = Admission(
     idempotency_key="order-7",
     reserved_tokens=20,
     reserved_micros=7,
+    resumes="req-0",
+    resumed_tokens=9,
     prices=PriceTable.from_config({"id": "autumn", "currency": "EUR", "completion_per_million_tokens": "2"}),
 )
 
@@ -72,6 +74,8 @@ def test_a_record_holds_what_was_admitted_used_timed_and_charged() -> None:
         "idempotency_key": "order-7",
         "reserved_tokens": 20,
         "reserved_micros": 7,
+        "resumes": "req-0",
+        "resumed_tokens": 9,
         "started_at_utc": "2026-11-22T10:00:00.000000Z",
         "prompt_tokens": 5,
         "cached_tokens": 1,

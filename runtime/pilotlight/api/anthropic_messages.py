@@ -163,7 +163,7 @@ async def stream(invocation: Invocation, body: MessagesBody) -> AsyncIterator[by
     for event in blocks.end():
         yield event_frame(event)
     reason, sequence = _stop(record, body, calls_tools=blocks.num_calls > 0)
-    yield event_frame(MessageDelta(StopDelta(reason, sequence), _usage(record)))
+    yield event_frame(MessageDelta(StopDelta(reason, sequence), _usage(record, invocation)))
     yield event_frame(MessageStop())
 
 
@@ -180,7 +180,7 @@ async def whole(invocation: Invocation, body: MessagesBody) -> MessageObject:
     reason, sequence = _stop(record, body, calls_tools=bool(choice.tool_calls))
     content: list[TextBlock | ToolUseBlock] = [TextBlock(choice.text)] if choice.text else []
     content += [ToolUseBlock(call.id, call.name, _input(call.arguments)) for call in choice.tool_calls]
-    return MessageObject(_message_id(invocation), body.model, content, _usage(record), reason, sequence)
+    return MessageObject(_message_id(invocation), body.model, content, _usage(record, invocation), reason, sequence)
 
 
 class _Blocks:
@@ -311,9 +311,10 @@ def _message_id(invocation: Invocation) -> str:
     return f"msg_{invocation.request.id}"
 
 
-def _usage(record: UsageRecord) -> MessageUsage:
+def _usage(record: UsageRecord, invocation: Invocation) -> MessageUsage:
     num_new_tokens = record.prompt_tokens - record.cached_tokens
-    return MessageUsage(num_new_tokens, record.completion_tokens, record.cached_tokens, 0, metered(record))
+    extension = metered(record, invocation.resume_token)
+    return MessageUsage(num_new_tokens, record.completion_tokens, record.cached_tokens, 0, extension)
 
 
 def _stop(record: UsageRecord, body: MessagesBody, *, calls_tools: bool) -> tuple[StopReason, str | None]:

@@ -13,7 +13,7 @@ from msgspec import Meta
 
 from pilotlight.api.objects import GenerationHeaders, Metered
 from pilotlight.api.openai_tools import MAX_TOOLS, Name
-from pilotlight.api.wire import Body, SamplingBody
+from pilotlight.api.wire import Body, ResumableBody
 
 MAX_STOP_SEQUENCES = 16
 Version = Literal["2023-06-01", "2026-10-21"]
@@ -138,7 +138,7 @@ class CountHeaders(msgspec.Struct, frozen=True, rename="kebab"):
     anthropic_version: Version = "2026-10-21"
 
 
-class MessagesBody(SamplingBody, frozen=True, kw_only=True):
+class MessagesBody(ResumableBody, frozen=True, kw_only=True):
     """What ``POST /v1/messages`` takes; the sampling parameters after ``top_k`` are extensions."""
 
     ignored: ClassVar[frozenset[str]] = IGNORED
@@ -154,6 +154,10 @@ class MessagesBody(SamplingBody, frozen=True, kw_only=True):
         None
     )
     temperature: Annotated[float, Meta(ge=0, le=1)] | None = None
+
+    @property
+    def resumable(self) -> bool:
+        return not self.tools  # a block cannot be begun in one message and ended in another
 
 
 class CountTokensBody(Body, frozen=True, kw_only=True):

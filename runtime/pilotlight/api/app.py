@@ -46,6 +46,8 @@ from pilotlight.api.openai_text import TextBody, TextShape, text_request
 from pilotlight.api.openai_types import ChatChunk, ChatCompletion, TextChunk, TextCompletion
 from pilotlight.api.openapi import document
 from pilotlight.api.response_store import ResponseStore
+from pilotlight.api.resume_token import ResumeTokens
+from pilotlight.api.resumption import Resumption
 from pilotlight.api.sse import STRAIGHT_SEND
 from pilotlight.api.wire import parse
 from pilotlight.errors import (
@@ -83,9 +85,10 @@ class Api:
         kept_answers: KeptAnswers | None = None,
         control: Control | None = None,
         attester: Attester | None = None,
+        resume_tokens: ResumeTokens | None = None,
     ) -> None:
         self._attester = attester or Unattested()
-        self._intake = Intake(functions, max_body_bytes, kept_answers)
+        self._intake = Intake(functions, max_body_bytes, Resumption(resume_tokens, ledger), kept_answers)
         self._messages = Messages(self._intake)
         self._responses = Responses(self._intake, responses)
         self._functions = catalogue_of(functions)

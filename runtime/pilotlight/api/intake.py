@@ -14,6 +14,7 @@ from starlette.responses import Response
 from pilotlight.api.auth import Caller, caller_of
 from pilotlight.api.catalogue import catalogue_of
 from pilotlight.api.idempotency import KeptAnswers, Making, Repeatable
+from pilotlight.api.resumption import Resumption
 from pilotlight.api.sse import COMMENT, EventStream, cancelled_on_disconnect
 from pilotlight.api.wire import SamplingBody
 from pilotlight.errors import BodyTooLarge, FunctionNotFound, InvalidRequest, NotPermitted, RequestCancelled
@@ -30,9 +31,14 @@ class Intake:
     """Reads bodies up to their limit, finds functions by name, and ties an invocation to its client's connection."""
 
     def __init__(
-        self, functions: Mapping[str, Function], max_body_bytes: int, kept_answers: KeptAnswers | None = None
+        self,
+        functions: Mapping[str, Function],
+        max_body_bytes: int,
+        resumption: Resumption,
+        kept_answers: KeptAnswers | None = None,
     ) -> None:
         self.functions = catalogue_of(functions)
+        self._resumption = resumption
         self._kept_answers = kept_answers
         self._max_body_bytes = max_body_bytes
 
@@ -67,10 +73,17 @@ class Intake:
         What may be asked for twice is answered from what is kept, or made so that it is kept.
         """
         caller = caller_of(request)
-        deadline_at = _deadline_at(request)
-        whose = dataclasses.replace(asked, deadline_at=deadline_at, tenant=caller.tenant, key_id=caller.key_id)
+        of_platform: float | None = getattr(request.state, "deadline_at", None)
+        whose = dataclasses.replace(
+            asked,
+            deadline_at=of_platform,
+            timeout_at=_timeout_at(request),
+            tenant=caller.tenant,
+            key_id=caller.key_id,
+        )
         self.function(body.model, caller)
-        function = await self.functions.choose(body.model)
+        function = self._resumption.version(body, self.functions) or await self.functions.choose(body.model)
+        whose = await self._resumption.prepared(request, body, whose, function)
         if (repeatable := self._repeatable(request, body.stream)) is not None:
             answers, asked_again = repeatable
             claimed = dataclasses.replace(whose, claim=asked_again.claim)
@@ -110,20 +123,18 @@ def completed(invocation: Invocation) -> UsageRecord:
     return invocation.record
 
 
-def _deadline_at(request: Request) -> float | None:
-    """Return when the answer has to end: as the platform says, or the client in ``x-request-timeout-ms``.
+def _timeout_at(request: Request) -> float | None:
+    """Return when the client wants the answer to end, which it may say in ``x-request-timeout-ms``.
 
     Raises:
         InvalidRequest: the header is not a number of milliseconds.
     """
-    of_platform: float | None = getattr(request.state, "deadline_at", None)
     given = request.headers.get(TIMEOUT_HEADER)
     if given is None:
-        return of_platform
+        return None
     if not given.isdecimal() or not 0 < int(given) <= MAX_TIMEOUT_MS:
         raise InvalidRequest(TIMEOUT_HEADER, f"{TIMEOUT_HEADER}: expected milliseconds, from 1 to {MAX_TIMEOUT_MS}")
-    of_client = time.monotonic() + int(given) / 1000
-    return of_client if of_platform is None else min(of_client, of_platform)
+    return time.monotonic() + int(given) / 1000
 
 
 def request_id_of(request: Request) -> str:

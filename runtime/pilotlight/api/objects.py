@@ -57,7 +57,10 @@ def model_object(function: Function) -> ModelObject:
 
 
 class Metered(msgspec.Struct, frozen=True):
-    """What a usage record says and no vendor's ``usage`` has a word for; it travels there under ``pilotlight``."""
+    """What a usage record says and no vendor's ``usage`` has a word for; it travels there under ``pilotlight``.
+
+    With a ``resume_token``, the answer was cut off and can be continued. ``resumed_tokens`` were paid for before.
+    """
 
     request_id: str
     ttft_ms: float | None
@@ -65,9 +68,11 @@ class Metered(msgspec.Struct, frozen=True):
     total_ms: float
     cost_micros: int
     currency: str
+    resumed_tokens: int = 0
+    resume_token: str | None = None
 
 
-def metered(record: UsageRecord) -> Metered:
+def metered(record: UsageRecord, resume_token: str | None = None) -> Metered:
     """Return the extension of a finished invocation's usage."""
     return Metered(
         request_id=record.request_id,
@@ -76,6 +81,8 @@ def metered(record: UsageRecord) -> Metered:
         total_ms=record.total_ms,
         cost_micros=record.cost_micros,
         currency=record.currency,
+        resumed_tokens=record.resumed_tokens,
+        resume_token=resume_token,
     )
 
 

@@ -9,7 +9,7 @@ import msgspec
 from msgspec import Meta
 
 from pilotlight.api.openai_format import ResponseFormat
-from pilotlight.api.wire import SamplingBody
+from pilotlight.api.wire import ResumableBody
 
 MAX_STOP_STRINGS = 16
 MAX_CHOICES = 16
@@ -22,7 +22,7 @@ class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     include_obfuscation: bool = False
 
 
-class GenerationBody(SamplingBody, frozen=True, kw_only=True):
+class GenerationBody(ResumableBody, frozen=True, kw_only=True):
     """The parameters that chat and text completions share; ``return_token_ids`` is an extension."""
 
     ignored: ClassVar[frozenset[str]] = frozenset(
@@ -51,6 +51,10 @@ class GenerationBody(SamplingBody, frozen=True, kw_only=True):
     response_format: ResponseFormat | None = None
     prompt_cache_key: str | None = None
     return_token_ids: bool = False
+
+    @property
+    def resumable(self) -> bool:
+        return self.n in (None, 1)
 
     @property
     def include_usage(self) -> bool:

@@ -10,6 +10,7 @@ import msgspec
 
 from pilotlight.answer import Choice, Delta
 from pilotlight.api.intake import completed
+from pilotlight.api.objects import metered
 from pilotlight.api.openai_body import GenerationBody
 from pilotlight.api.sse import DONE, error_frame, frame
 from pilotlight.errors import PilotlightError
@@ -44,15 +45,11 @@ async def stream(invocation: Invocation, body: GenerationBody, shape: Shape) -> 
     head = _head(invocation, body, shape.chunk_object)
     opening = _encode(head)[:-1]  # the same in every frame, so encoded once
     choices = range(len(invocation.streams))
-    called: set[int] = set()
+    called = {of.index for of in invocation.streams if of.begun_calls}
 
-    def chunk(choice: int, fields: Fields, finish_reason: str | None = None) -> bytes:
-        return b'data: %b,"choices":[{"index":%d,%b,"finish_reason":%b}]}\n\n' % (
-            opening,
-            choice,
-            _encode(fields)[1:-1],
-            _encode(finish_reason),
-        )
+    def chunk(choice: int, fields: Fields) -> bytes:
+        delta = _encode(fields)[1:-1]
+        return b'data: %b,"choices":[{"index":%d,%b,"finish_reason":null}]}\n\n' % (opening, choice, delta)
 
     if shape.opening is not None:
         for choice in choices:
@@ -70,10 +67,15 @@ async def stream(invocation: Invocation, body: GenerationBody, shape: Shape) -> 
     except PilotlightError as error:
         yield error_frame(error)
         return
+    usage = usage_object(record, invocation.resume_token)
+    # A client that did not ask for the usage learns of the token, too, and needs no chunk that it does not expect.
+    with_token = {"usage": usage} if invocation.resume_token is not None and not body.include_usage else {}
     for choice in choices:
-        yield chunk(choice, shape.closing, finish_reason(invocation.finish(choice), choice in called))
+        reason = finish_reason(invocation.finish(choice), choice in called)
+        closing = {"index": choice, **shape.closing, "finish_reason": reason}
+        yield frame({**head, "choices": [closing], **with_token})
     if body.include_usage:
-        yield frame({**head, "choices": [], "usage": usage_object(record)})
+        yield frame({**head, "choices": [], "usage": usage})
     yield DONE
 
 
@@ -88,10 +90,11 @@ async def whole(invocation: Invocation, body: GenerationBody, shape: Shape) -> F
     choices = await invocation.choices()
     record = completed(invocation)
     objects = [_choice_object(choice, body, shape) for choice in choices]
-    return {**_head(invocation, body, shape.object), "choices": objects, "usage": usage_object(record)}
+    usage = usage_object(record, invocation.resume_token)
+    return {**_head(invocation, body, shape.object), "choices": objects, "usage": usage}
 
 
-def usage_object(record: UsageRecord) -> Fields:
+def usage_object(record: UsageRecord, resume_token: str | None) -> Fields:
     """Return the ``usage`` of a completion; what OpenAI has no word for travels under ``pilotlight``."""
     return {
         "prompt_tokens": record.prompt_tokens,
@@ -99,14 +102,7 @@ def usage_object(record: UsageRecord) -> Fields:
         "total_tokens": record.prompt_tokens + record.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": record.cached_tokens},
         "completion_tokens_details": {"reasoning_tokens": 0},
-        "pilotlight": {
-            "request_id": record.request_id,
-            "ttft_ms": record.ttft_ms,
-            "cold_start_ms": record.cold_start_ms,
-            "total_ms": record.total_ms,
-            "cost_micros": record.cost_micros,
-            "currency": record.currency,
-        },
+        "pilotlight": metered(record, resume_token),
     }
 
 

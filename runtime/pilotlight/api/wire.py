@@ -61,6 +61,17 @@ class SamplingBody(Body, frozen=True, kw_only=True):
         return {name: getattr(self, name) for name in SAMPLING if getattr(self, name) is not None}
 
 
+class ResumableBody(SamplingBody, frozen=True, kw_only=True):
+    """What an endpoint can be told whose answers go on where a platform cut them off."""
+
+    resume_token: str | None = None
+
+    @property
+    def resumable(self) -> bool:
+        """Whether the parts of this answer can be put together."""
+        return True
+
+
 def parse(raw: bytes, kind: type[T]) -> T:
     """Decode and check a request body.
 

@@ -32,7 +32,7 @@ class Entry:
     @property
     def num_prefill_tokens(self) -> int:
         """How many tokens a replica has to compute before the next one comes."""
-        return len(self.sequence.prompt_ids) + len(self.emitted_ids)
+        return len(self.sequence.prompt_ids) + len(self.sequence.emitted_ids) + len(self.emitted_ids)
 
     @property
     def has_begun(self) -> bool:
@@ -46,7 +46,7 @@ class Entry:
         """Return what a fresh replica has to be asked for, so that the answer goes on as it would have."""
         if not self.emitted_ids:
             return self.sequence
-        return dataclasses.replace(self.sequence, emitted_ids=tuple(self.emitted_ids))
+        return dataclasses.replace(self.sequence, emitted_ids=(*self.sequence.emitted_ids, *self.emitted_ids))
 
     def moved(self, had_slot: bool) -> None:
         """Note that its replica is gone. One that had no slot yet cannot have been the cause."""

@@ -16,6 +16,7 @@ from pilotlight.api.app import Api
 from pilotlight.api.idempotency import KeptAnswers
 from pilotlight.api.metrics import Metrics
 from pilotlight.api.response_store import ResponseStore
+from pilotlight.api.resumption import resume_tokens
 from pilotlight.config import LOOPBACK, FunctionSettings, HostSettings, Settings
 from pilotlight.errors import ConfigError
 from pilotlight.function import Function
@@ -84,7 +85,16 @@ async def _serve(settings: Settings, on_ready: OnReady) -> None:
                 _meter_replicas(meter, name, of_function, functions)
             metrics.watch(functions)
             app = Api(
-                functions, ledger, metrics, host.max_body_bytes, responses, keyring, kept_answers, control, attester
+                functions,
+                ledger,
+                metrics,
+                host.max_body_bytes,
+                responses,
+                keyring,
+                kept_answers,
+                control,
+                attester,
+                resume_tokens(host),
             ).app()
             launcher.start()
             ticks = asyncio.create_task(machine.run())

@@ -29,6 +29,8 @@ class Admission(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
     ``model`` is the artifact's source; ``tee`` says what the machine could prove of itself. What is reserved is the
     most that the invocation can use and cost.
+    One that continues an answer ``resumes`` the request that began it; ``resumed_tokens`` of prompt and answer were
+    paid for there.
     """
 
     request_id: str
@@ -48,6 +50,8 @@ class Admission(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     idempotency_key: str | None = None
     reserved_tokens: int | None = None
     reserved_micros: int | None = None
+    resumes: str | None = None
+    resumed_tokens: int = 0
 
 
 class UsageRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -98,6 +102,8 @@ class UsageRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     idempotency_key: str | None = None
     reserved_tokens: int | None = None
     reserved_micros: int | None = None
+    resumes: str | None = None
+    resumed_tokens: int = 0
     reasoning_tokens: int = 0
     migrations: int = 0
 
