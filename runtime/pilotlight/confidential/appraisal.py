@@ -238,10 +238,10 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 class Finding:
     """What a verifier read in genuine evidence.
 
-    ``claims`` hold bytes as lower-case hex; ``debug`` (bool) is always among them, ``tcb.*`` (int) and ``tcb_status``
-    where the kind has them. ``measurements`` name the claims that identify the code. ``fresh`` says that the expected
-    nonce is in it, and ``problems`` what speaks against it in spite of good signatures. ``unit`` identifies the chip
-    or its certificate, so that one cannot be counted twice.
+    ``claims`` hold bytes as lower-case hex; ``debug`` (bool, or "unknown") is always among them, ``tcb.*`` (int) and
+    ``tcb_status`` where the kind has them. ``measurements`` name the claims that identify the code. ``fresh`` says that
+    the expected nonce is in it, and ``problems`` what speaks against it in spite of good signatures. ``unit``
+    identifies the guest, or the GPU, so that one cannot be counted twice.
     """
 
     claims: Mapping[str, Claim]
@@ -326,8 +326,11 @@ def _kind_reasons(kind: Kind, policy: Policy) -> tuple[Reason, ...]:
 
 
 def _debug_reasons(finding: Finding, policy: Policy) -> tuple[Reason, ...]:
-    if policy.allow_debug or finding.claims["debug"] is False:
+    state = finding.claims["debug"]
+    if policy.allow_debug or state is False or (state == "unknown" and policy.any_measurement):
         return ()
+    if state == "unknown":
+        return (Reason(Problem.DEBUG, "nothing excludes that debugging is on"),)
     return (Reason(Problem.DEBUG, "its owner can read its memory: debugging is on"),)
 
 
@@ -366,10 +369,16 @@ def _device_reasons(devices: tuple[Appraisal, ...], policy: Policy) -> tuple[Rea
         for number, device in enumerate(devices)
         for reason in device.reasons
     ]
-    if len(devices) < policy.num_devices:
-        reasons.append(Reason(Problem.DEVICES, f"there are {len(devices)} GPUs, and {policy.num_devices} are required"))
+    num_devices = sum(_num_gpus(device) for device in devices)
+    if num_devices < policy.num_devices:
+        reasons.append(Reason(Problem.DEVICES, f"there are {num_devices} GPUs, and {policy.num_devices} are required"))
     units = [device.unit for device in devices if device.unit]
     bodies = [device.evidence_digest for device in devices]
     if len(set(units)) < len(units) or len(set(bodies)) < len(bodies):
         reasons.append(Reason(Problem.DUPLICATE, "one GPU is given as several"))
     return tuple(reasons)
+
+
+def _num_gpus(device: Appraisal) -> int:
+    """A service's token may be about several."""
+    return int(device.claims.get("num_gpus", 1))

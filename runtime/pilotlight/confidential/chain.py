@@ -29,13 +29,15 @@ DEFECTS = (ValueError, TypeError, UnsupportedAlgorithm)
 
 
 def load_pem(content: bytes) -> list[x509.Certificate]:
-    """Return the certificates of a PEM text, in its order.
+    """Return the certificates of a PEM text, in its order; none for an empty one.
 
     Raises:
         Refused: it is not one, or has too many.
     """
     if content.count(b"-----BEGIN CERTIFICATE-----") > MAX_CERTIFICATES:
         raise Refused(Problem.MALFORMED, f"there are more than {MAX_CERTIFICATES} certificates")
+    if not content.strip():
+        return []
     _tolerate_serial_zero()
     try:
         return x509.load_pem_x509_certificates(content)

@@ -12,6 +12,7 @@ AMD = frozenset(
     }
 )
 NITRO = frozenset({"f2caf5ecc6190b4a8399b78bc58a2bbcd0382375db8a1bfd78a82743874fd225"})
+INTEL = frozenset({"a0af031289f5d5d4132f9186068a7fc13628633ba235777472e29b6b6c67a49e"})
 NVIDIA_DEVICES = frozenset({"a90c4eb5acfd3e3d03a25db6a26b84f720ad0503196c627c21ddd48dd85b06a4"})
 NVIDIA_RIMS = frozenset({"dec1dc316477aa851eebdf51327ae9f864bc8d89254657ed1e7eb9168af1e1a3"})
 
@@ -19,6 +20,7 @@ VENDORS = Roots(
     keys={
         Kind.SEV_SNP: AMD,
         Kind.AZURE_VTPM_SNP: AMD,
+        Kind.TDX: INTEL,
         Kind.NITRO: NITRO,
         Kind.NVIDIA_GPU: NVIDIA_DEVICES,
     },

@@ -56,7 +56,7 @@ def verify_report(
     report, signature = snp_report.parse(body)
     offered = chain.load_pem(certificates)
     leaf = _leaf(offered, report)
-    path = chain.verify_chain(leaf, [c for c in offered if c is not leaf], pinned, at)
+    path = chain.verify_chain(leaf, [certificate for certificate in offered if certificate != leaf], pinned, at)
     chain.check_not_revoked(path, () if crl is None else (crl,), at)
     family = _family(path, report)
     chain.verify_raw_ecdsa(leaf.public_key(), "secp384r1", signature, report.signed_bytes(), SHA384())
@@ -101,10 +101,10 @@ def unit_of(report: SnpReport) -> str:
 
 def _leaf(offered: list[x509.Certificate], report: SnpReport) -> x509.Certificate:
     name = LEAVES[report.signing_key]
-    leaves = [certificate for certificate in offered if chain.common_name(certificate) == name]
+    leaves = {certificate for certificate in offered if chain.common_name(certificate) == name}
     if len(leaves) != 1:
         raise Refused(Problem.CHAIN, f"exactly one {name} is expected, and there are {len(leaves)}")
-    return leaves[0]
+    return leaves.pop()
 
 
 def _family(path: tuple[x509.Certificate, ...], report: SnpReport) -> str:

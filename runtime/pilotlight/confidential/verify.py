@@ -27,6 +27,13 @@ VERIFIERS = MappingProxyType(
     {
         Kind.SIMULATED: "sev_snp",
         Kind.SEV_SNP: "sev_snp",
+        Kind.TDX: "tdx",
+        Kind.NITRO: "nitro",
+        Kind.AZURE_VTPM_SNP: "azure_vtpm",
+        Kind.NVIDIA_GPU: "nvidia_gpu",
+        Kind.SIMULATED_GPU: "nvidia_gpu",
+        Kind.NRAS: "nras",
+        Kind.MAA: "maa",
     }
 )
 """The module of each kind. Each is loaded when its kind is first met, since each needs other libraries."""
@@ -67,8 +74,6 @@ def _appraise_one(
     roots: Roots,
     devices: tuple[Appraisal, ...],
 ) -> Appraisal:
-    if evidence.kind not in VERIFIERS:
-        return refusal(evidence, Reason(Problem.KIND, f"{evidence.kind} has no verifier"))
     verifier: Verifier = importlib.import_module(f"{__package__}.{VERIFIERS[evidence.kind]}").verify
     try:
         finding = verifier(evidence, nonce=nonce, at=at, roots=roots)
