@@ -56,8 +56,8 @@ class FunctionSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``[functions.NAME]``: one artifact and how much work it takes at a time.
 
     ``max_context_tokens`` left out means the model's own context, 4,096 at most; ``num_threads`` the machine's cores.
-    ``max_inter_token_ms``, ``kv_budget_tokens``, ``deterministic``, ``prefix_cache_mb`` and
-    ``share_prefixes`` are explained in ``engine.policy``.
+    ``max_inter_token_ms``, ``kv_budget_tokens``, ``deterministic``, ``prefix_cache_mb``,
+    ``share_prefixes`` and ``speculation`` are explained in ``engine.policy``.
     After ``max_duration_s`` an answer ends as if its length were reached. ``prices`` are decimal strings, see
     ``metering.prices``, in one table or in several with a ``valid_from``; ``replica_cost_per_hour`` is in their
     currency. What scales and sleeps is described in docs/host.md. ``unseal`` says where the key of a sealed artifact
@@ -74,6 +74,7 @@ class FunctionSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     deterministic: bool = False
     prefix_cache_mb: Annotated[int, Meta(ge=0)] = 64
     share_prefixes: bool = False
+    speculation: Literal["auto", "off"] = "auto"
     num_threads: Positive | None = None
     max_duration_s: Annotated[float, Meta(gt=0, le=86400)] = 3600.0
     min_replicas: Annotated[int, Meta(ge=0, le=256)] = 0

@@ -142,3 +142,5 @@ class Signals(msgspec.Struct, frozen=True, array_like=True, gc=False):
     num_prefix_query_tokens: int = 0
     num_prefix_hit_tokens: int = 0
     prefix_cache_bytes: int = 0
+    num_drafted_tokens: int = 0
+    num_accepted_tokens: int = 0

@@ -10,6 +10,8 @@ from pilotlight.engine.scheduler import Active, Scheduler, SlotMove, StepPlan
 from pilotlight.request import FinishReason, Sequence
 
 TOKEN = 7
+OTHER = 8
+"""Now and then instead, so that some drafts are rejected."""
 
 
 def make(name: str, num_prompt: int = 5, max_new_tokens: int = 4, tenant: str | None = None) -> Active:
@@ -27,7 +29,7 @@ class Simulation:
         self.started: list[str] = []
         self.finished: dict[str, FinishReason] = {}
         self.served: Counter[str | None] = Counter()
-        self.num_steps = 0
+        self.num_steps = self.num_drafted = 0
 
     def step(self) -> StepPlan:
         plan = self.scheduler.schedule()
@@ -49,12 +51,36 @@ class Simulation:
         self._move(self.scheduler.remove(active))
 
     def _run_decode(self, plan: StepPlan) -> None:
+        if plan.drafts:
+            self._run_drafts(plan)
+            return
         for slot, active in enumerate(plan.decode):
             assert self.slots[slot] == (active.sequence.id, active.num_cached)
             self.slots[slot] = (active.sequence.id, active.num_cached + 1)
         for active in plan.decode:
             self.served[active.tenant] += 1
-            self.scheduler.commit_decode(active, None if active.replays else TOKEN)
+            self.scheduler.commit_decode(active, None if active.replays else self._token(active))
+
+    def _run_drafts(self, plan: StepPlan) -> None:
+        assert plan.prefill is None
+        assert not self.policy.deterministic
+        for slot, (active, draft) in enumerate(zip(plan.decode, plan.drafts, strict=True)):
+            held, name = active.num_cached, active.sequence.id
+            assert self.slots[slot] == (name, held)
+            assert 1 + len(draft) <= active.sequence.max_new_tokens - active.num_generated
+            budget = self.policy.kv_budget_tokens
+            assert budget is None or self.scheduler.num_cached_tokens + 1 + len(draft) <= budget
+            for token_id in (*draft, None):
+                drawn = self._token(active)
+                self.scheduler.commit_decode(active, drawn)
+                if drawn != token_id or active.finish:
+                    break
+            self.slots[slot] = (name, active.num_cached)
+            self.served[active.tenant] += active.num_cached - held
+            self.num_drafted += len(draft)
+
+    def _token(self, active: Active) -> int:
+        return OTHER if active.num_generated % 13 == 12 else TOKEN
 
     def _run_prefill(self, plan: StepPlan) -> None:
         if plan.prefill is None:

@@ -25,12 +25,23 @@ POLICIES = st.builds(
     max_chunk_tokens=st.integers(1, 4),
     kv_budget_tokens=st.sampled_from([None, 13, 20, 30]),
     deterministic=st.booleans(),
+    speculates=st.booleans(),
 )
+
+
+def measured_pace() -> Pace:
+    """Return speeds with which nearly every draft pays."""
+    pace = Pace()
+    for num_tokens in (1, 2, 4, 8, 16):
+        pace.observe_decode(DecodeGraph.MAIN, num_tokens, 0.01)
+        for _ in range(2):
+            pace.observe_verify(DecodeGraph.MAIN, num_tokens, 0.001)
+    return pace
 
 
 @given(EVENTS, POLICIES)
 def test_random_events_keep_slots_dense_order_and_budget(events: list[object], policy: Policy) -> None:
-    simulation = Simulation(NUM_SLOTS, policy)
+    simulation = Simulation(NUM_SLOTS, policy, measured_pace())
     submitted: dict[str, str | None] = {}
     cancelled: set[str] = set()
     for event in events:
@@ -39,7 +50,7 @@ def test_random_events_keep_slots_dense_order_and_budget(events: list[object], p
         elif event[0] != "cancel":
             name = f"s{len(submitted)}"
             submitted[name] = event[1]
-            simulation.scheduler.add(make(name, event[0], 1 + event[0] % 4, event[1]))
+            simulation.scheduler.add(make(name, event[0], min(1 + event[0] % 4 * 5, 13 - event[0]), event[1]))
         elif actives := list(simulation.scheduler):
             active = actives[int(event[1]) % len(actives)]
             cancelled.add(active.sequence.id)
@@ -54,6 +65,20 @@ def test_random_events_keep_slots_dense_order_and_budget(events: list[object], p
         mine = [name for name, owner in submitted.items() if owner == tenant]
         assert [name for name in first_starts if name in mine] == [name for name in mine if name in first_starts]
     assert set(simulation.finished) | cancelled == set(submitted)
+
+
+def test_answers_that_repeat_themselves_take_fewer_steps() -> None:
+    steps = {}
+    for speculates in (False, True):
+        policy = Policy(max_chunk_tokens=4, kv_budget_tokens=150, speculates=speculates)
+        simulation = Simulation(NUM_SLOTS, policy, measured_pace())
+        for name in "abcd":
+            simulation.scheduler.add(make(name, 5, 60))
+        while len(simulation.finished) < 4:
+            simulation.step()
+        steps[speculates] = simulation.num_steps
+        assert set(simulation.finished.values()) == {FinishReason.LENGTH}
+    assert steps[True] < steps[False] / 2
 
 
 def test_a_waiting_prompt_is_prefilled_beside_the_running_ones() -> None:

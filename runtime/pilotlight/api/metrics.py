@@ -32,6 +32,8 @@ GAUGES: dict[str, tuple[str, Callable[[Signals], float]]] = {
     "pilotlight_prefix_cache_queries": ("Prompt tokens looked up.", lambda s: s.num_prefix_query_tokens),
     "pilotlight_prefix_cache_hits": ("Prompt tokens not computed again.", lambda s: s.num_prefix_hit_tokens),
     "pilotlight_prefix_cache_bytes": ("Memory of kept prompt beginnings.", lambda s: s.prefix_cache_bytes),
+    "pilotlight_speculation_drafted_tokens": ("Tokens guessed and computed.", lambda s: s.num_drafted_tokens),
+    "pilotlight_speculation_accepted_tokens": ("Guessed tokens that came true.", lambda s: s.num_accepted_tokens),
     "pilotlight_kv_reserved_bytes": ("KV cache allocated.", lambda s: s.kv_reserved_bytes),
 }
 

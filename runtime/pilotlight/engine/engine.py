@@ -19,6 +19,7 @@ from pilotlight.engine.policy import DEFAULT_POLICY, Policy
 from pilotlight.engine.sampler import SamplingRow, sample
 from pilotlight.engine.scheduler import Active, PrefillChunk, Scheduler, SlotMove, StepPlan
 from pilotlight.engine.session import Logits, Session
+from pilotlight.engine.speculation import Draft
 from pilotlight.engine.timeline import NO_TIMELINE, Timeline
 from pilotlight.errors import EngineError
 from pilotlight.request import FinishReason, Sequence, Signals, TokenEvent, TokenLogprobs
@@ -29,6 +30,8 @@ Chosen = tuple[int, TokenLogprobs | None]
 """A token, and how likely the model held it where that was asked for."""
 Outcome = Chosen | Exception | None
 """What a run gave a sequence; None: nothing new."""
+Result = tuple[Active, Outcome, FinishReason | None]
+"""What a step gave a sequence, and whether it ends by that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,21 +201,54 @@ class Engine:
         self._move(plan.moves)
         for block in plan.reuse:
             self._session.load_prefix(len(plan.decode), block.start, block.held)
-        outcomes: list[tuple[Active, Outcome]] = []
-        if plan.decode:
-            outcomes += zip(plan.decode, self._decode(plan), strict=True)
+        results: list[Result] = []
+        if plan.drafts:
+            for slot, draft in enumerate(plan.drafts):
+                results += self._verify(plan, slot, draft)
+        elif plan.decode:
+            outcomes = self._decode(plan)
             self._timeline.enter("commit")
-            for active, chosen in outcomes:
-                if not isinstance(chosen, Exception):
-                    self._scheduler.commit_decode(active, chosen and chosen[0])
+            results += [self._committed(*outcome) for outcome in zip(plan.decode, outcomes, strict=True)]
         if plan.prefill is not None:
             first = self._prefill(plan.prefill)
             if not isinstance(first, Exception):
                 self._scheduler.commit_prefill(plan.prefill, first and first[0])
-            outcomes.append((plan.prefill.active, first))
+            results.append((plan.prefill.active, first, plan.prefill.active.finish))
         self._timeline.enter("commit")
         now = time.monotonic()
-        return [self._event(active, chosen, now) for active, chosen in outcomes if chosen is not None]
+        return [self._event(active, chosen, finish, now) for active, chosen, finish in results if chosen is not None]
+
+    def _committed(self, active: Active, chosen: Outcome) -> Result:
+        """Commit what a decode run gave a sequence, and say whether it ends by it."""
+        if not isinstance(chosen, Exception):
+            self._scheduler.commit_decode(active, chosen and chosen[0])
+        return active, chosen, active.finish
+
+    def _verify(self, plan: StepPlan, slot: int, draft: Draft) -> list[Result]:
+        """Run a sequence's next token and its draft, and commit token by token what the sampler draws behind them.
+
+        The draws go on while they are what was drafted. What the cache holds behind them is written again by the
+        next run.
+        """
+        active = plan.decode[slot]
+        results: list[Result] = []
+        self._timeline.enter("bind")
+        try:
+            masks = self._find_banned([active])
+            token_ids = np.array([active.next_token, *draft], np.int64)
+            logits = self._session.verify(slot, token_ids, active.num_cached, plan.graph)
+            self._timeline.attribute("run", self._session.run_s)
+            self._pace.observe_verify(plan.graph, len(token_ids), self._session.run_s)
+            for place in range(len(token_ids)):
+                (chosen,) = self._sample(logits[place : place + 1], (active,), masks)
+                results.append(self._committed(active, chosen))
+                if results[-1][2] or isinstance(chosen, Exception) or chosen[0] not in draft[place : place + 1]:
+                    break
+                masks = self._find_banned([active])
+        except Exception as error:  # noqa: BLE001 - a failed run must end its sequences, not the engine
+            results.append((active, error, None))
+        self._scheduler.count_drafted(len(draft), max(0, len(results) - 1))
+        return results
 
     def _decode(self, plan: StepPlan) -> Items[Outcome]:
         self._timeline.enter("bind")
@@ -306,7 +342,7 @@ class Engine:
             self._sampling[sequence.id] = row
         return row
 
-    def _event(self, active: Active, chosen: Chosen | Exception, now: float) -> Event:
+    def _event(self, active: Active, chosen: Chosen | Exception, finish: FinishReason | None, now: float) -> Event:
         if isinstance(chosen, Exception):
             failure = f"{type(chosen).__name__}: {chosen}"
             return self._end(active, TokenEvent(None, now, FinishReason.ERROR, error=failure))
@@ -318,7 +354,7 @@ class Engine:
         event = TokenEvent(
             token_id,
             now,
-            active.finish,
+            finish,
             started_at,
             logprobs=logprobs,
             num_recomputed_tokens=recomputed,

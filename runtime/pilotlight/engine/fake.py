@@ -52,6 +52,13 @@ class FakeSession:
             self._append(slot, [token_id], past)
         return self._logits(self.slots[: len(token_ids)])
 
+    def verify(self, slot: int, token_ids: Ids, past_tokens: int, graph: DecodeGraph = DecodeGraph.MAIN) -> Logits:
+        assert self.has_batch_graph or graph is DecodeGraph.MAIN
+        self._begin()
+        self._append(slot, token_ids.tolist(), past_tokens)
+        ends = range(past_tokens + 1, past_tokens + len(token_ids) + 1)
+        return self._logits([self.slots[slot][:end] for end in ends])
+
     def move(self, source: int, target: int, num_tokens: int) -> None:
         self.slots[target] = self.slots[source][:num_tokens]
 

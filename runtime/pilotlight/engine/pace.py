@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -18,6 +19,11 @@ GAIN = 0.95
 """The other graph has to take at most this share of the time before it takes over a batch size."""
 WEIGHT = 0.2
 """Of a new measurement in the running mean."""
+
+TOKEN_COST = 0.25
+"""Of a decode step of one row: what each further token of one sequence adds to it, until it has been measured."""
+FORGET_AFTER_STEPS = 512
+"""Runs of several tokens that were too slow to be chosen are tried again then: the machine may be another by now."""
 
 
 class DecodeGraph(StrEnum):
@@ -51,6 +57,9 @@ class Pace:
     _prefill: _Mean = field(default_factory=_Mean)
     _decode: dict[tuple[DecodeGraph, int], _Mean] = field(default_factory=lambda: defaultdict(_Mean))
     _steps_at_crossing: int = 0
+    _verify: dict[tuple[DecodeGraph, int], _Mean] = field(default_factory=lambda: defaultdict(_Mean))
+    _verified_at: dict[tuple[DecodeGraph, int], int] = field(default_factory=dict)
+    _num_steps: int = 0
 
     @property
     def prefill_tokens_per_s(self) -> float | None:
@@ -66,8 +75,24 @@ class Pace:
             self._prefill.add(seconds / num_tokens)
 
     def observe_decode(self, graph: DecodeGraph, num_rows: int, seconds: float) -> None:
+        self._num_steps += 1
         self._decode[graph, num_rows].add(seconds)
         self._move_crossing(num_rows)
+
+    def observe_verify(self, graph: DecodeGraph, num_tokens: int, seconds: float) -> None:
+        self._num_steps += 1
+        is_first = (graph, num_tokens) not in self._verified_at
+        self._verified_at[graph, num_tokens] = self._num_steps
+        if not is_first:  # which also pays for what is only made once
+            self._verify[graph, num_tokens].add(seconds)
+
+    def verify_s(self, graph: DecodeGraph, num_tokens: int) -> float:
+        """Return how long a run of so many tokens of one sequence takes; for ever, before the first decode step."""
+        measured = self._verify[graph, num_tokens]
+        if measured.count and self._num_steps - self._verified_at[graph, num_tokens] <= FORGET_AFTER_STEPS:
+            return measured.value
+        step_s = self.decode_s(1)
+        return math.inf if step_s is None else step_s * (1 + TOKEN_COST * (num_tokens - 1))
 
     def graph_for(self, num_rows: int) -> DecodeGraph:
         """Choose the graph of a step; at the crossing the other one is tried now and then.

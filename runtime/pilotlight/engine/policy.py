@@ -23,6 +23,9 @@ class Policy:
 
     ``prefix_cache_bytes`` hold the beginnings of prompts for the next ones that begin the same; 0: none are kept.
     ``share_prefixes``: also between tenants, who could then find out by the time that an answer takes what others ask.
+
+    ``speculates``: tokens that can be guessed are run together where that pays (``engine.speculation``), unless the
+    function is deterministic, because kernels may round otherwise with more tokens.
     """
 
     max_chunk_tokens: int = 128
@@ -31,6 +34,7 @@ class Policy:
     deterministic: bool = False
     prefix_cache_bytes: int = 0
     share_prefixes: bool = False
+    speculates: bool = False
 
     @property
     def prefix_block_tokens(self) -> int:
@@ -47,6 +51,7 @@ class Policy:
             deterministic=settings.deterministic,
             prefix_cache_bytes=settings.prefix_cache_mb << 20,
             share_prefixes=settings.share_prefixes,
+            speculates=settings.speculation == "auto" and not settings.deterministic,
         )
 
     def num_slots(self, asked: int) -> int:

@@ -7,6 +7,7 @@ nothing. When a running sequence leaves, the last one takes its slot, and the pr
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from pilotlight.engine.fair_queue import FairQueue
 from pilotlight.engine.pace import DecodeGraph, Pace
 from pilotlight.engine.policy import Policy
 from pilotlight.engine.prefix_cache import Block, PrefixCache
+from pilotlight.engine.speculation import MAX_DRAFTING_ROWS, Draft, PromptLookup, drafts_that_pay
 from pilotlight.request import FinishReason, Sequence, Signals
 
 HEADROOM_STEPS = 16
@@ -28,6 +30,7 @@ class Active:
     ``num_to_prefill`` tokens are read as a prompt; known tokens behind them are replayed one a step. ``order`` counts
     admissions. ``num_recomputed`` counts tokens that were computed again, since the last event said so; ``num_reused``
     are those of the prompt that did not have to be computed. ``block_keys`` name its blocks in the prefix cache.
+    ``lookup`` guesses its next tokens, from the first decode step on in which that might pay.
     """
 
     sequence: Sequence
@@ -41,6 +44,7 @@ class Active:
     """Whether its grammar lets nothing follow."""
     block_keys: list[bytes] = field(default_factory=list)
     num_reused: int = 0
+    lookup: PromptLookup | None = None
 
     def __post_init__(self) -> None:
         self.tokens = [*self.sequence.prompt_ids, *self.sequence.emitted_ids]
@@ -66,6 +70,24 @@ class Active:
     def replays(self) -> bool:
         """Whether the next decode step gives a token that is known already."""
         return self.num_uncached > 1
+
+    @property
+    def watched(self) -> PromptLookup:
+        """Its guesses, kept from now on."""
+        if self.lookup is None:
+            self.lookup = PromptLookup(self.tokens)
+        return self.lookup
+
+    @property
+    def max_draft_tokens(self) -> int:
+        """How many tokens can be kept beside the next one."""
+        return self.sequence.max_new_tokens - self.num_generated - 1
+
+    def append(self, token_id: int) -> None:
+        """Take over a new token."""
+        self.tokens.append(token_id)
+        if self.lookup is not None:
+            self.lookup.push(token_id)
 
     @property
     def finish(self) -> FinishReason | None:
@@ -116,12 +138,14 @@ class StepPlan:
 
     ``reuse``: blocks to copy into the prefill's slot, behind the moves and before anything runs.
     ``padding``: a second row, for a decode run of one, which holds so many tokens; its result means nothing.
+    ``drafts``: how each row may go on. With them each row has a run of its own, on its next token and its draft.
     """
 
     moves: tuple[SlotMove, ...] = ()
     decode: tuple[Active, ...] = ()
     graph: DecodeGraph = DecodeGraph.MAIN
     padding: int | None = None
+    drafts: tuple[Draft, ...] = ()
     reuse: tuple[Block, ...] = ()
     prefill: PrefillChunk | None = None
 
@@ -146,6 +170,7 @@ class Scheduler:
         self.running: list[Active] = []
         self.prefilling: Active | None = None
         self.num_preemptions = 0
+        self.num_drafted_tokens = self.num_accepted_tokens = 0
         self._num_admitted = 0
 
     def __len__(self) -> int:
@@ -197,6 +222,8 @@ class Scheduler:
             num_prefix_query_tokens=self.num_prefix_query_tokens,
             num_prefix_hit_tokens=self.num_prefix_hit_tokens,
             prefix_cache_bytes=self.prefixes.num_bytes,
+            num_drafted_tokens=self.num_drafted_tokens,
+            num_accepted_tokens=self.num_accepted_tokens,
         )
 
     def add(self, active: Active) -> None:
@@ -211,20 +238,27 @@ class Scheduler:
         if self.policy.deterministic and num_rows == 1:
             # what a prefill has written there stays valid: its next chunk begins where the padding wrote
             padding = self.prefilling.num_cached if self.prefilling else 0
-        return StepPlan(tuple(moves), tuple(self.running), self._graph(), padding, reuse, self._chunk())
+        graph = self._graph()
+        drafts = self._drafts(graph)
+        return StepPlan(tuple(moves), tuple(self.running), graph, padding, drafts, reuse, self._chunk())
 
     def commit_decode(self, active: Active, token_id: int | None) -> None:
         """Take over what a decode run gave: its token is cached now, and the next one new, unless it was known."""
         active.num_cached += 1
         self.waiting.charge(active.tenant, 1)
         if token_id is not None:
-            active.tokens.append(token_id)
+            active.append(token_id)
+
+    def count_drafted(self, num_drafted: int, num_accepted: int) -> None:
+        """Note how many tokens of a draft came true; each of them, and the one behind, is committed by itself."""
+        self.num_drafted_tokens += num_drafted
+        self.num_accepted_tokens += num_accepted
 
     def commit_prefill(self, chunk: PrefillChunk, token_id: int | None) -> None:
         """Take over a prefilled chunk; the one that completes the prompt brings the next token along, unless known."""
         chunk.active.num_cached = chunk.end
         if token_id is not None:
-            chunk.active.tokens.append(token_id)
+            chunk.active.append(token_id)
         if chunk.completes_prompt:
             self.running.append(chunk.active)
             self.prefilling = None
@@ -244,6 +278,26 @@ class Scheduler:
             return self.pace.graph_for(len(self.running))
         batches = self.pace.has_batch_graph and self.num_slots >= self.pace.min_batch_rows
         return DecodeGraph.BATCH if batches else DecodeGraph.MAIN
+
+    def _drafts(self, graph: DecodeGraph) -> tuple[Draft, ...]:
+        """Return drafts for all rows, if all of them gain and no prompt has to wait for it."""
+        speculates = self.policy.speculates and not self.policy.deterministic
+        if not speculates or self.prefilling is not None or not 0 < len(self.running) <= MAX_DRAFTING_ROWS:
+            return ()
+        step_s = self.pace.decode_s(len(self.running))
+        if step_s is None:
+            return ()
+        limit_s = math.inf if self.pace.max_inter_token_ms is None else self.pace.max_inter_token_ms / 1000
+
+        def verify_s(num_tokens: int) -> float:
+            seconds = self.pace.verify_s(graph, num_tokens)
+            return seconds if len(self.running) * seconds <= limit_s else math.inf
+
+        lookups = [active.watched for active in self.running]
+        drafts = drafts_that_pay(lookups, [active.max_draft_tokens for active in self.running], step_s, verify_s)
+        budget = self.policy.kv_budget_tokens
+        fits = budget is None or self.num_committed_tokens + sum(map(len, drafts)) <= budget
+        return drafts if fits else ()
 
     def _chunk(self) -> PrefillChunk | None:
         active = self.prefilling

@@ -57,6 +57,9 @@ class Session(Protocol):
         A session without a batch graph runs everything on its main one.
         """
 
+    def verify(self, slot: int, token_ids: Ids, past_tokens: int, graph: DecodeGraph = DecodeGraph.MAIN) -> Logits:
+        """Run an answer's next tokens [T] of one slot behind its ``past_tokens``; return the logits [T, V] of each."""
+
     def move(self, source: int, target: int, num_tokens: int) -> None:
         """Copy a slot's cache over another slot's."""
 
@@ -158,6 +161,12 @@ class OnnxSession:
         self.run_s = chosen.run_s
         return logits
 
+    def verify(self, slot: int, token_ids: Ids, past_tokens: int, graph: DecodeGraph = DecodeGraph.MAIN) -> Logits:
+        chosen = self._batch_graph if graph is DecodeGraph.BATCH else self._graph
+        logits = chosen.verify(slot, token_ids, past_tokens)
+        self.run_s = chosen.run_s
+        return logits
+
     def move(self, source: int, target: int, num_tokens: int) -> None:
         self._cache.move(source, target, num_tokens)
 
@@ -225,21 +234,38 @@ class _Graph:
         self._decode_runs: dict[int, _DecodeRun] = {}
         self._prefill_bindings: dict[int, ort.IOBinding] = {}
         self._prefill_logits = np.empty((1, self._vocab_size), np.float32)
+        self._verify_bindings: dict[tuple[int, int], ort.IOBinding] = {}
+        self._verify_logits: dict[int, Logits] = {}
         self.run_s = 0.0
 
     def prefill(self, slot: int, token_ids: Ids, past_tokens: int) -> Logits:
         binding = self._prefill_bindings.get(slot)
         if binding is None:
             binding = self._prefill_bindings[slot] = self._bind(slot, slot + 1, self._prefill_logits)
+        self._run_tokens(binding, token_ids, past_tokens, np.array([len(token_ids) - 1]))
+        return self._prefill_logits
+
+    def verify(self, slot: int, token_ids: Ids, past_tokens: int) -> Logits:
+        num_tokens = len(token_ids)
+        logits = self._verify_logits.get(num_tokens)
+        if logits is None:
+            logits = self._verify_logits[num_tokens] = np.empty((num_tokens, self._vocab_size), np.float32)
+        binding = self._verify_bindings.get((slot, num_tokens))
+        if binding is None:
+            binding = self._verify_bindings[slot, num_tokens] = self._bind(slot, slot + 1, logits)
+        self._run_tokens(binding, token_ids, past_tokens, np.arange(num_tokens))
+        return logits
+
+    def _run_tokens(self, binding: ort.IOBinding, token_ids: Ids, past_tokens: int, positions: Ids) -> None:
+        """Run tokens of one slot behind its past, for the logits of some of them."""
         num_tokens = len(token_ids)
         # The kernel takes a run for the first one of its sequence when the total length is the run's own length.
         total = num_tokens if past_tokens == 0 else self._cache.max_context_tokens
         binding.bind_cpu_input("input_ids", np.ascontiguousarray(token_ids.reshape(1, num_tokens)))
         binding.bind_cpu_input("seqlens_k", np.array([past_tokens + num_tokens - 1], np.int32))
         binding.bind_cpu_input("total_sequence_length", np.array(total, np.int32))
-        binding.bind_cpu_input("logits_indices", np.array([num_tokens - 1], np.int64))
+        binding.bind_cpu_input("logits_indices", positions)
         self._run(binding)
-        return self._prefill_logits
 
     def decode(self, token_ids: Ids, past_tokens: Ids) -> Logits:
         num_rows = len(token_ids)

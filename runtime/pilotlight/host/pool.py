@@ -144,6 +144,8 @@ class Pool:
             num_prefix_query_tokens=sum(s.num_prefix_query_tokens for s in of_replicas),
             num_prefix_hit_tokens=sum(s.num_prefix_hit_tokens for s in of_replicas),
             prefix_cache_bytes=sum(s.prefix_cache_bytes for s in of_replicas),
+            num_drafted_tokens=sum(s.num_drafted_tokens for s in of_replicas),
+            num_accepted_tokens=sum(s.num_accepted_tokens for s in of_replicas),
         )
 
     async def close(self) -> None:
