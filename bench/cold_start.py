@@ -2,6 +2,8 @@
 
     python bench/cold_start.py --artifact DIR --gguf FILE --llama-server PATH [--rounds 10] [--out FILE]
 
+`make bench` runs it for its models, where it has a llama-server.
+
 A round measures each once, in turn first: llama-server as it comes, llama-server at its leanest, ours from deep sleep
 (only the zygote is left) and from light sleep (a template is kept). The page cache is warm. The paired ratio is what
 counts: deep against the default, light against the leanest.
@@ -134,23 +136,38 @@ def free_port() -> int:
     return port
 
 
-def measure(args: argparse.Namespace) -> dict[str, list[float]]:
+def measure(artifact: Path, gguf: Path, program: str, num_threads: int, num_rounds: int) -> dict[str, list[float]]:
     """Return the seconds of each round by what was measured."""
     taken: dict[str, list[float]] = {}
-    with (
-        pilotlight(args.artifact, "deep", args.threads) as deep,
-        pilotlight(args.artifact, "light", args.threads) as light,
-    ):
+    with pilotlight(artifact, "deep", num_threads) as deep, pilotlight(artifact, "light", num_threads) as light:
         ways: dict[str, Callable[[], float]] = {
-            "llama-server, default": lambda: llama_server(args.llama_server, args.gguf, args.threads),
-            "llama-server, leanest": lambda: llama_server(args.llama_server, args.gguf, args.threads, *LEAN),
+            "llama-server, default": lambda: llama_server(program, gguf, num_threads),
+            "llama-server, leanest": lambda: llama_server(program, gguf, num_threads, *LEAN),
             "pilotlight, deep sleep": deep,
             "pilotlight, light sleep": light,
         }
-        for number in range(args.rounds):
+        for number in range(num_rounds):
             for name in [*ways][:: 1 if number % 2 == 0 else -1]:
                 taken.setdefault(name, []).append(ways[name]())
     return taken
+
+
+def report(taken: dict[str, list[float]], artifact: Path, num_threads: int, out: Path | None) -> None:
+    """Print medians and paired ratios, with their spread, and write every figure to ``out``."""
+    for name, values in taken.items():
+        low, high = min(values), max(values)
+        print(f"{name:<26} {statistics.median(values) * 1000:6.0f} ms   ({low * 1000:.0f}–{high * 1000:.0f})")
+    ratios = {
+        "deep / default": ratio(taken, "pilotlight, deep sleep", "llama-server, default"),
+        "light / leanest": ratio(taken, "pilotlight, light sleep", "llama-server, leanest"),
+    }
+    for name, values in ratios.items():
+        print(f"{name:<26} {statistics.median(values):6.2f}      ({min(values):.2f}–{max(values):.2f})")
+    if out is not None:
+        num_rounds = max(map(len, taken.values()))
+        machine = {"cores": num_threads, "architecture": platform.machine(), "rounds": num_rounds}
+        found = {"machine": machine, "model": artifact.name, "seconds": taken, "ratios": ratios}
+        out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def ratio(taken: dict[str, list[float]], ours: str, theirs: str) -> list[float]:
@@ -166,20 +183,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    taken = measure(args)
-    for name, values in taken.items():
-        low, high = min(values), max(values)
-        print(f"{name:<26} {statistics.median(values) * 1000:6.0f} ms   ({low * 1000:.0f}–{high * 1000:.0f})")
-    ratios = {
-        "deep / default": ratio(taken, "pilotlight, deep sleep", "llama-server, default"),
-        "light / leanest": ratio(taken, "pilotlight, light sleep", "llama-server, leanest"),
-    }
-    for name, values in ratios.items():
-        print(f"{name:<26} {statistics.median(values):6.2f}      ({min(values):.2f}–{max(values):.2f})")
-    if args.out is not None:
-        machine = {"cores": args.threads, "architecture": platform.machine(), "rounds": args.rounds}
-        report = {"machine": machine, "model": args.artifact.name, "seconds": taken, "ratios": ratios}
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
+    taken = measure(args.artifact, args.gguf, args.llama_server, args.threads, args.rounds)
+    report(taken, args.artifact, args.threads, args.out)
 
 
 if __name__ == "__main__":

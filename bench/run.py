@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+import cold_start
 from machine import describe_machine, sha256
 from measure import prompt_ids
 from memory import read_gb_per_s
@@ -33,6 +34,9 @@ from workers import Worker
 Models = Mapping[Peer, Path]
 WARM_TOKENS = 8
 WARM_SEED = 10_000
+COLD_START = "cold-start"
+COLD_START_ROUNDS = 10
+ROWS = [*WORKLOADS, COLD_START]
 
 
 def all_peers(precision: str, llama_server: str | None, environments: Path) -> list[Peer]:
@@ -167,15 +171,28 @@ def run_shape(shape: Shape, peers: Sequence[Peer], args: argparse.Namespace) -> 
     result = Result(shape.name, args.precision, sha256(weights), describe_machine(args.threads))
     if args.resume and path.exists():
         result = resumed(read(path), result)
-    workloads = [WORKLOADS[name] for name in args.rows if name not in result.rows]
-    if workloads:
+    workloads = [WORKLOADS[name] for name in args.rows if name in WORKLOADS and name not in result.rows]
+    if workloads or COLD_START in args.rows:
         models = _prepare_all(shape, peers, args.models, result)
         if not args.prepare_only:
             measure_shape(shape, models, workloads, args.rounds, args.threads, result, path)
+        if COLD_START in args.rows and not args.prepare_only:
+            measure_cold_start(shape, models, args)
     if result.rows:
         path.with_suffix(".md").write_text(table(result))
         plot(result, path.with_suffix(".svg"))
         print(table(result), flush=True)
+
+
+def measure_cold_start(shape: Shape, models: Models, args: argparse.Namespace) -> None:
+    """Measure the first token after a sleep beside llama-server's start, where both are there."""
+    found = {peer.name: model for peer, model in models.items()}
+    if not {OURS, LlamaServer.name} <= found.keys():
+        print(f"{shape.name}: no cold start without {LlamaServer.name}", file=sys.stderr, flush=True)
+        return
+    artifact = found[OURS]
+    taken = cold_start.measure(artifact, found[LlamaServer.name], args.llama_server, args.threads, COLD_START_ROUNDS)
+    cold_start.report(taken, artifact, args.threads, args.out / f"cold-start-{shape.name}.json")
 
 
 def resumed(old: Result, new: Result) -> Result:
@@ -192,7 +209,7 @@ def resumed(old: Result, new: Result) -> Result:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=[*SHAPES, "all"], default="all", help="whose shape")
-    parser.add_argument("--rows", nargs="+", choices=[*WORKLOADS], default=[*WORKLOADS])
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS)
     parser.add_argument(
         "--peers", nargs="*", metavar="NAME", help="beside Pilotlight; all that are installed by default"
     )

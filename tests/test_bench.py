@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from peer import Opened, Peer, PeerFailed, Setting
 from report import roofline_shares, table
 from results import PeerRecord, Result, read
 from rows import WORKLOADS, step_bytes
-from run import measure_shape, resumed, run_shape
+from run import measure_cold_start, measure_shape, resumed, run_shape
 from servers import OURS
 from workers import Worker
 
@@ -220,3 +221,19 @@ def test_memory_that_forked_processes_share_is_counted_once() -> None:
         shared = resident(process.pid)
         process.stdin.close()
     assert 64 < shared.anonymous_mib < 110
+
+
+def test_cold_starts_are_measured_where_there_is_a_llama_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    taken = {name: [0.2, 0.4] for name in ("llama-server, default", "llama-server, leanest")}
+    taken |= {f"pilotlight, {sleep} sleep": [0.1, 0.1] for sleep in ("deep", "light")}
+    monkeypatch.setattr("cold_start.measure", lambda *_: taken)
+    args = argparse.Namespace(llama_server="there", threads=1, out=tmp_path)
+    ours, llama = FakePeer(OURS, 0.01), FakePeer("llama-server", 0.02)
+    measure_cold_start(SHAPE, {ours: tmp_path / "ours"}, args)
+    assert not [*tmp_path.iterdir()]
+    measure_cold_start(SHAPE, {ours: tmp_path / "ours", llama: tmp_path / "gguf"}, args)
+    found = json.loads((tmp_path / f"cold-start-{SHAPE.name}.json").read_text())
+    assert found["ratios"]["deep / default"] == pytest.approx([0.5, 0.25])
+    assert "deep / default" in capsys.readouterr().out
