@@ -1,0 +1,77 @@
+"""Scaling out to several real replicas, and back to none."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from clients import stream
+from pilotlight.artifact import Artifact
+from pilotlight.metering.ledger_reader import LedgerReader
+from processes import named, wait_for
+from support import ServerProcess, config_process
+
+pytestmark = [pytest.mark.e2e, pytest.mark.model]
+
+BODY: dict[str, Any] = {
+    "model": "demo", "prompt": [*range(5, 21)], "max_tokens": 300, "return_token_ids": True, "temperature": 0,
+    "ignore_eos": True, "logit_bias": {"2": -100},
+}  # fmt: skip
+
+
+def replicas(server: ServerProcess) -> list[int]:
+    return named(server.process.pid, "pl-replica")
+
+
+async def load_until_two(server: ServerProcess) -> list[list[int]]:
+    """Keep more streams open than one replica has slots, until there are two replicas; return all answers."""
+    answers: list[list[int]] = []
+    enough = asyncio.Event()
+
+    async def client(number: int) -> None:
+        turn = 0
+        while not enough.is_set():
+            answer = await stream(server.url, f"load-{number}-{turn}", BODY)
+            assert answer.done, answer
+            answers.append(answer.token_ids)
+            turn += 1
+
+    async def watch() -> None:
+        while len(replicas(server)) < 2:
+            await asyncio.sleep(0.05)
+        count = len(answers)
+        while len(answers) < count + 6:  # and some more, of which both have to take their share
+            await asyncio.sleep(0.05)
+        enough.set()
+
+    async with asyncio.TaskGroup() as group:
+        for number in range(12):
+            group.create_task(client(number))
+        group.create_task(watch())
+    return answers
+
+
+def test_load_brings_a_second_replica_and_idleness_takes_both(demo_fp32: Artifact, tmp_path: Path) -> None:
+    config = tmp_path / "pilotlight.toml"
+    config.write_text(
+        f"[functions.demo]\nartifact = '{demo_fp32.path}'\nmax_replicas = 2\nnum_slots = 1\nnum_threads = 1\n"
+        "max_queued_requests = 1000\nidle_timeout_s = 1\nsleep = 'deep'\n"
+    )
+    ledger = tmp_path / "usage.db"
+    with config_process(config, ledger) as server:
+        assert replicas(server) == []
+        answers = asyncio.run(load_until_two(server))
+        assert len({json.dumps(answer) for answer in answers}) == 1
+        assert len(answers[0]) == 300
+        with LedgerReader(ledger) as reader:
+            served_by = {record.replica_id for record in reader.records()}
+        assert len(served_by) == 2, "both took their share"
+        wait_for(lambda: replicas(server) == [], timeout_s=60)
+        again = httpx.post(f"{server.url}/v1/completions", json=BODY, timeout=60).json()
+        assert again["choices"][0]["token_ids"] == answers[0]
+        assert len(replicas(server)) == 1
