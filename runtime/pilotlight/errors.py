@@ -21,6 +21,7 @@
     ├── CapacityError                try again later: 503, with Retry-After
     │   ├── QueueFull
     │   ├── StartFailed
+    │   ├── DeadlineExceeded         504
     │   ├── LedgerUnavailable
     │   ├── ResponseStoreUnavailable
     │   ├── EvidenceUnavailable
@@ -232,6 +233,16 @@ class StartFailed(CapacityError):
 
     def __init__(self, cause: str, retry_after_s: float = 1.0) -> None:
         super().__init__(f"the function cannot be started at present: {cause}", retry_after_s)
+
+
+class DeadlineExceeded(CapacityError):
+    """The request ran out of time before its first token; it costs nothing."""
+
+    status = 504
+    code = "deadline_exceeded"
+
+    def __init__(self) -> None:
+        super().__init__("the request ran out of time before its first token")
 
 
 class LedgerUnavailable(CapacityError):

@@ -27,7 +27,9 @@ from pilotlight.answer import Choice, ChoiceStream, Delta, overall_finish
 from pilotlight.artifact import GENERATION_CONFIG, Artifact
 from pilotlight.errors import (
     ArtifactError,
+    CapacityError,
     ContextLengthExceeded,
+    DeadlineExceeded,
     Draining,
     EngineError,
     InvalidRequest,
@@ -649,6 +651,9 @@ class Function:
         if invocation.unmetered is not None:
             progress.finish, progress.stop_detail = FinishReason.ERROR, invocation.unmetered.message
             return invocation.unmetered
+        if (refusal := _refusal(invocation, progress)) is not None:
+            progress.finish, progress.stop_detail = FinishReason.REJECTED, refusal.message
+            return refusal
         if progress.finish is FinishReason.ERROR and progress.retry_after_s is not None:
             return StartFailed(progress.stop_detail or "", progress.retry_after_s)
         if progress.finish is FinishReason.ERROR:
@@ -798,6 +803,20 @@ def _caused_by(error: Exception) -> EngineError:
     failure = EngineError("an internal error occurred")
     failure.__cause__ = error
     return failure
+
+
+def _refusal(invocation: Invocation, progress: _Progress) -> CapacityError | None:
+    """Return what kept an invocation from its first token, if it was want of time or of a replica: it is free.
+
+    An answer that can be continued elsewhere is one, even before its first token.
+    """
+    if progress.num_completion_tokens:
+        return None
+    if progress.finish is FinishReason.DEADLINE and (invocation.cut is Cut.TIMEOUT or invocation.request.seal is None):
+        return Draining() if invocation.cut is Cut.SHUTDOWN else DeadlineExceeded()
+    if progress.finish is FinishReason.ERROR and progress.retry_after_s is not None:
+        return StartFailed(progress.stop_detail or "", progress.retry_after_s)
+    return None
 
 
 class _Unobserved:

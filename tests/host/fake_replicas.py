@@ -113,7 +113,7 @@ class FakeTemplate:
     def __init__(self, launcher: FakeLauncher, spec: ReplicaSpec, listener: TemplateListener) -> None:
         self.spec = spec
         self.listener = listener
-        self.gone = False
+        self.gone = self.dead = False
         self._launcher = launcher
 
     def settle(self) -> None:
@@ -121,6 +121,8 @@ class FakeTemplate:
 
     def launch(self, spec: ReplicaSpec, listener: Listener) -> FakeReplica:
         assert not self.gone
+        if self.dead:
+            raise BrokenPipeError
         replica = self._launcher.launch(spec, listener)
         replica.template = self
         return replica

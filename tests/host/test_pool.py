@@ -16,7 +16,7 @@ from pilotlight.engine.policy import Policy as EnginePolicy
 from pilotlight.errors import Draining, QueueFull, StartFailed
 from pilotlight.host.autoscaler import Policy, Sleep
 from pilotlight.host.machine import Machine
-from pilotlight.host.pool import Pool, PoolSettings
+from pilotlight.host.pool import MAX_KILLED_STARTS, Pool, PoolSettings
 from pilotlight.host.wire import ReplicaSpec
 from pilotlight.mailbox import TokenStream
 from pilotlight.request import FinishReason, SamplingParams, Sequence, TokenEvent
@@ -217,10 +217,9 @@ async def test_a_failed_start_is_told_to_all_waiters_and_not_tried_again_at_once
 async def test_a_start_that_is_killed_is_tried_again_a_few_times() -> None:
     stage = Stage()
     stage.submit("a")
-    stage.launcher.launched[0].die()
-    stage.launcher.launched[1].die()
-    assert not stage.events["a"]
-    stage.launcher.launched[2].die()
+    for number in range(MAX_KILLED_STARTS):
+        assert not stage.events["a"]
+        stage.launcher.launched[number].die()
     await stage.settle()
     assert "died while they started" in str(stage.events["a"][-1].error)
 
@@ -452,3 +451,19 @@ async def test_closing_cancels_and_ends_all() -> None:
 
 def settings_with(**changes: object) -> PoolSettings:
     return dataclasses.replace(SETTINGS, **changes)  # type: ignore[arg-type]
+
+
+@on_a_loop
+async def test_a_template_that_has_just_died_costs_no_request() -> None:
+    stage = Stage(settings_with(policy=Policy(2, idle_timeout_s=10)))
+    stage.submit("a")
+    await stage.run_out()
+    stage.clock.now += 11
+    stage.pool.tick()
+    (template,) = stage.launcher.templates
+    template.settle()
+    template.dead = True
+    stage.submit("b")
+    await stage.run_out()
+    assert stage.tokens("b") == expected((1, 2), 4)
+    assert stage.launcher.launched[-1].template is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -13,6 +14,9 @@ import httpx
 import pytest
 
 from pilotlight.artifact import Artifact
+from pilotlight.engine.policy import Policy
+from pilotlight.host.launcher import ZygoteLauncher
+from pilotlight.host.wire import FromReplica, ReplicaSpec
 from pilotlight.metering.ledger_reader import LedgerReader
 from processes import descendants, is_alive, named, wait_for
 from support import ServerProcess, config_process, server_process
@@ -132,6 +136,34 @@ def test_a_killed_zygote_costs_no_token(server: ServerProcess, http: httpx.Clien
                 (zygote,) = named(server.process.pid, "pl-zygote")
                 os.kill(zygote, signal.SIGKILL)
     assert received == whole
+
+
+class Unheard:
+    """A listener to whom nothing matters."""
+
+    def received(self, message: FromReplica) -> None:
+        pass
+
+    def ended(self, cause: str) -> None:
+        pass
+
+
+def test_a_zygote_that_has_just_died_is_replaced_before_anybody_hears_of_it() -> None:
+    async def scenario() -> None:
+        launcher = ZygoteLauncher()
+        launcher.start()
+        dead = launcher.pid
+        assert dead is not None
+        os.kill(dead, signal.SIGKILL)
+        wait_for(lambda: not is_alive(dead))
+        try:
+            link = launcher.launch(ReplicaSpec("r", "nowhere", 1, 64, Policy(), 1, None, 0.0), Unheard())
+            assert launcher.pid not in (None, dead)
+            link.close()
+        finally:
+            launcher.close()
+
+    asyncio.run(scenario())
 
 
 def test_nobody_outlives_a_killed_host(demo_fp32: Artifact, tmp_path: Path) -> None:

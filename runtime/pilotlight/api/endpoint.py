@@ -16,6 +16,7 @@ from pilotlight.errors import (
     BodyTooLarge,
     CapacityError,
     ContextLengthExceeded,
+    DeadlineExceeded,
     EngineError,
     FunctionNotFound,
     IdempotencyConflict,
@@ -47,6 +48,7 @@ GENERATION = (
     BodyTooLarge,
     LimitExceeded,
     CapacityError,
+    DeadlineExceeded,
     EngineError,
 )
 """What an endpoint that generates can answer instead."""

@@ -32,7 +32,7 @@ from pilotlight.errors import (
     RequestNotFound,
 )
 from pilotlight.function import Invocation
-from pilotlight.metering.idempotency import Claim, Claimed, conflict_of
+from pilotlight.metering.idempotency import RETRIED, Claim, Claimed, conflict_of
 
 logger = logging.getLogger("pilotlight.api")
 
@@ -201,6 +201,9 @@ class KeptAnswers:
         watching = asyncio.create_task(self._cancel_abandoned(answer, invocation))
         await self._write(answer, invocation, making)
         watching.cancel()
+        if invocation.record is not None and invocation.record.finish_reason in RETRIED:
+            self._forget(answer, claim)  # whoever asks again asks anew
+            return
         content = answer.encoded()
         if claim is not None and invocation.record is not None and content is not None:
             with contextlib.suppress(LedgerUnavailable):

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import TypeVar
 
 from pilotlight.host.link import Listener, TemplateListener, WireLink
 from pilotlight.host.wire import (
@@ -28,6 +29,8 @@ from pilotlight.host.wire import (
 
 MAX_MESSAGE_BYTES = 64 * 1024
 END_TIMEOUT_S = 5
+
+T = TypeVar("T")
 
 
 class Forker:
@@ -146,10 +149,18 @@ class ZygoteLauncher:
         return self._forker
 
     def launch(self, spec: ReplicaSpec, listener: Listener) -> WireLink:
-        return self.start().launch(spec, listener)
+        return self._asked(lambda forker: forker.launch(spec, listener))
 
     def launch_template(self, spec: ReplicaSpec, listener: TemplateListener) -> Template:
-        return Template(self.start().ask(ForkTemplate(spec), socket.SOCK_SEQPACKET), listener)
+        return Template(self._asked(lambda forker: forker.ask(ForkTemplate(spec), socket.SOCK_SEQPACKET)), listener)
+
+    def _asked(self, ask: Callable[[Forker], T]) -> T:
+        """Ask the zygote, or a new one where it has died and nobody has heard of it yet."""
+        try:
+            return ask(self.start())
+        except ConnectionError:
+            self.close()
+            return ask(self.start())
 
     def close(self) -> None:
         """End the zygote, and with it whatever it has forked."""

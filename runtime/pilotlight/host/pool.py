@@ -20,7 +20,7 @@ from pilotlight.errors import Draining, QueueFull, StartFailed
 from pilotlight.host.autoscaler import Load, Policy, Sleep, needed_replicas, predicted_wait_s, sleep_of, wanted_replicas
 from pilotlight.host.fair_queue import FairQueue
 from pilotlight.host.journal import Entry
-from pilotlight.host.link import Launcher
+from pilotlight.host.link import Launcher, Link
 from pilotlight.host.machine import Machine, Room
 from pilotlight.host.measures import Measures
 from pilotlight.host.memory import Idle, estimated_bytes, private_bytes
@@ -32,7 +32,10 @@ from pilotlight.request import Sequence, Signals, Start, TokenEvent
 
 logger = logging.getLogger("pilotlight.host")
 
-MAX_KILLED_STARTS = 3
+MAX_KILLED_STARTS = 8
+"""What dies so often in a row while it starts, does so by itself. Fewer can be bad luck: on a busy machine, starts take
+longer, and whatever kills replicas hits more of them."""
+
 MAX_BACK_OFF_S = 60.0
 CLOSE_TIMEOUT_S = 5.0
 TEMPLATE_BYTES = 100 * 1024 * 1024
@@ -453,12 +456,25 @@ class Pool:
         self.replicas[replica_id] = replica
         self._empty.clear()
         try:
-            replica.link = (self._template.forks or self._launcher).launch(spec, replica)
+            replica.link = self._fork(spec, replica)
         except OSError as error:
             self._remove(replica)
             self._start_failed(f"no process can be made ({error.strerror})")
             return False
         return True
+
+    def _fork(self, spec: ReplicaSpec, replica: Replica) -> Link:
+        """Fork a replica from the template; from nothing where there is none, or where it has just died.
+
+        Raises:
+            OSError: no process can be made.
+        """
+        if (template := self._template.forks) is not None:
+            try:
+                return template.launch(spec, replica)
+            except ConnectionError:
+                self._drop_template()
+        return self._launcher.launch(spec, replica)
 
     def _started(self, replica: Replica, message: Started) -> None:
         now = self._clock()

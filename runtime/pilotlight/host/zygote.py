@@ -64,7 +64,10 @@ def serve_forks(control: socket.socket, child: Child) -> None:
 
 def _receive(control: socket.socket, own: tuple[socket.socket, ...], child: Child) -> bool:
     """Take one message and fork; False when the host is gone."""
-    raw, descriptors, _, _ = socket.recv_fds(control, MAX_MESSAGE_BYTES, 1)
+    try:
+        raw, descriptors, _, _ = socket.recv_fds(control, MAX_MESSAGE_BYTES, 1)
+    except ConnectionError:  # it was killed before it had read what was sent to it
+        return False
     if not raw:
         return False
     message = to_zygote.decode(raw)
