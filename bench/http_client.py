@@ -17,10 +17,11 @@ TIMEOUT_S = 300.0
 Event = dict[str, Any]
 
 
-class _Body(asyncio.Protocol):
+class Body(asyncio.Protocol):
     """One response."""
 
     def __init__(self) -> None:
+        self.sent_at = 0.0
         self.pieces: list[tuple[float, bytes]] = []
         self.status: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._parser = httptools.HttpResponseParser(self)
@@ -59,22 +60,28 @@ def stream_all(
         raise PeerFailed(f"{type(error).__name__}: {error}") from error
 
 
+async def open_stream(port: int, path: str, encoded: bytes) -> tuple[asyncio.Transport, Body]:
+    """Send a request on a connection of its own; the caller closes it."""
+    transport, body = await asyncio.get_running_loop().create_connection(Body, "127.0.0.1", port)
+    body.sent_at = time.monotonic()
+    transport.write(
+        f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(encoded)}\r\n\r\n".encode()
+        + encoded
+    )
+    return transport, body
+
+
 async def _stream(port: int, path: str, content: dict[str, Any], num_tokens_of: Callable[[Event], int]) -> Stream:
     encoded = json.dumps(content).encode()
-    transport, body = await asyncio.get_running_loop().create_connection(_Body, "127.0.0.1", port)
+    transport, body = await open_stream(port, path, encoded)
     try:
-        sent_at = time.monotonic()
-        transport.write(
-            f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\nContent-Type: application/json\r\n"
-            f"Content-Length: {len(encoded)}\r\n\r\n".encode()
-            + encoded
-        )
         status = await body.status
     finally:
         transport.close()
     if status != 200:
         raise PeerFailed(f"status {status}: {b''.join(piece for _, piece in body.pieces)[:500]!r}")
-    return Stream(sent_at, token_times(body.pieces, num_tokens_of))
+    return Stream(body.sent_at, token_times(body.pieces, num_tokens_of))
 
 
 def token_times(pieces: list[tuple[float, bytes]], num_tokens_of: Callable[[Event], int]) -> list[float]:

@@ -23,7 +23,8 @@ ANSWER = CONTRACTS | {"text"}
 FUNCTION = ANSWER | {"answer", "metering"}
 API = FUNCTION | {"function", "confidential"}
 HOST = API | {"api", "engine"}
-COMMANDS = (HOST | {"host"}) - {"engine"}
+PLAN = CONTRACTS | {"engine", "host"}  # drives the engine's and the host's decisions, and none of their surfaces
+COMMANDS = (HOST | {"host", "plan"}) - {"engine"}
 LAW = {
     "errors": set(),
     "tee": {"errors"},  # one word, which records and headers say and only `confidential` can earn
@@ -39,6 +40,7 @@ LAW = {
     "confidential": CONTRACTS | {"metering"},  # an extra: whoever needs it imports it where it is used
     "api": API,
     "host": HOST,
+    "plan": PLAN,
     "commands": COMMANDS,
     "cli": GROUND | {"commands"},
     "__main__": {"cli"},
@@ -124,6 +126,8 @@ def test_every_part_of_the_runtime_is_under_the_law() -> None:
         ("pilotlight.host.server", "from pilotlight.cli import main", "host may not know cli"),
         ("pilotlight.host.server", "import pilotlight.commands.serve", "host may not know commands"),
         ("pilotlight.commands.serve", "import pilotlight.engine.session", "commands may not know engine"),
+        ("pilotlight.host.pool", "import pilotlight.plan.agenda", "host may not know plan"),
+        ("pilotlight.plan.fleet", "import pilotlight.api.app", "plan may not know api"),
         ("pilotlight.cli", "import pilotlight.engine.session", "cli may not know engine"),
         (
             "pilotlight.artifact",
@@ -173,8 +177,9 @@ def test_what_the_law_allows(module: str, source: str) -> None:
         ),
         (
             "pilotlight.host.server",
-            ["onnxruntime", "numpy", "torch", "optimum", "onnx", "pilotlight_export", *EXTRA],
+            ["onnxruntime", "numpy", "torch", "optimum", "onnx", "pilotlight_export", "pilotlight.plan", *EXTRA],
         ),
+        ("pilotlight.plan.compare", ["onnxruntime", "starlette", "uvicorn", "tokenizers", "jinja2"]),
     ],
 )
 def test_a_start_loads_only_what_it_needs(started: str, unwanted: list[str]) -> None:

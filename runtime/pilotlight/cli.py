@@ -21,6 +21,7 @@ COMMANDS = {
     "ps": "operate",
     "swap": "operate",
     "bench": "bench",
+    "plan": "plan",
     "usage": "usage",
     "keys": "keys",
 }

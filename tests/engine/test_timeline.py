@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 
+import msgspec
 import pytest
 from click.testing import CliRunner
 
 from pilotlight.artifact import Artifact
 from pilotlight.cli import main
 from pilotlight.engine.timeline import StageTimes
+from pilotlight.host import service_bench
+from pilotlight.host.rates import Rates
 
 
 def test_stages_add_up_to_the_wall_time() -> None:
@@ -48,7 +51,9 @@ def test_a_profile_names_nearly_all_of_a_step(demo_int4: Artifact) -> None:
 
 
 @pytest.mark.model
-def test_rates_are_printed_for_a_planner(demo_int4: Artifact) -> None:
+def test_rates_are_printed_for_a_planner(demo_int4: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ROUNDS", "WAKINGS", "NUM_BUSY", "STREAM_ROUNDS"):
+        monkeypatch.setattr(service_bench, name, 1)
     done = CliRunner().invoke(main, ["bench", str(demo_int4.path), "--rates", "--threads", "1"])
     assert done.exit_code == 0, done.output
     rates = json.loads(done.stdout)
@@ -58,6 +63,12 @@ def test_rates_are_printed_for_a_planner(demo_int4: Artifact) -> None:
     assert all(
         rate > 0 for rate in (*rates["prefill_tokens_per_s"].values(), *rates["decode_tokens_per_s"]["main"].values())
     )
+    read = msgspec.json.decode(done.stdout, type=Rates)
+    assert read.artifact.kv_bytes_per_token > 0
+    assert read.artifact.replica_bytes is not None
+    assert read.artifact.replica_bytes > 1_000_000
+    assert read.starts.deep_ms > 0 < read.starts.light_ms
+    assert read.host.request_ms > 0 < read.host.prefill_factor
 
 
 @pytest.mark.parametrize("options", [[], ["--profile", "--rates"], ["--profile", "--streams", "1,x"]])

@@ -9,8 +9,6 @@ import statistics
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -123,38 +121,32 @@ def _shares(events: list[dict[str, object]], num_runs: int) -> dict[str, float]:
     return {name: us / whole_us for name, us in times.most_common()}
 
 
-@contextmanager
-def _timing(session: OnnxSession, found: list[float]) -> Iterator[None]:
-    yield
-    found.append(session.run_s)
-
-
-def prefill_rates(session: OnnxSession, chunk_sizes: tuple[int, ...], rounds: int) -> dict[int, float]:
-    """Return tokens per second of a first chunk, by its size."""
-    times: dict[int, list[float]] = {size: [] for size in chunk_sizes}
+def prefill_times(session: OnnxSession, chunks: list[tuple[int, int]], rounds: int) -> dict[tuple[int, int], float]:
+    """Return the seconds of a chunk by its size and the tokens behind which it is read."""
+    times: dict[tuple[int, int], list[float]] = {chunk: [] for chunk in chunks}
     for _ in range(rounds + 1):
-        for size, found in times.items():
-            with _timing(session, found):
-                session.prefill(0, np.array(_prompt(size, size), np.int64), 0)
-    return {size: size / statistics.median(found[1:]) for size, found in times.items()}
+        for (size, past_tokens), found in times.items():
+            session.prefill(0, np.array(_prompt(size, size), np.int64), past_tokens)
+            found.append(session.run_s)
+    return {chunk: statistics.median(found[1:]) for chunk, found in times.items()}
 
 
-def decode_rates(session: OnnxSession, batches: tuple[int, ...], rounds: int) -> dict[DecodeGraph, dict[int, float]]:
-    """Return tokens per second of all rows together at the prompts' length, by graph and rows, alternating."""
+def decode_times(
+    session: OnnxSession, batches: tuple[int, ...], contexts: tuple[int, ...], rounds: int
+) -> dict[DecodeGraph, dict[tuple[int, int], float]]:
+    """Return the seconds of a decode step by graph, rows, and the tokens before each row; graphs alternate."""
     graphs = [DecodeGraph.MAIN, *([DecodeGraph.BATCH] if session.has_batch_graph else [])]
-    for slot in range(max(batches)):
-        session.prefill(slot, np.array(_prompt(slot), np.int64), 0)
-    rates: dict[DecodeGraph, dict[int, float]] = {graph: {} for graph in graphs}
-    for rows in batches:
+    found: dict[DecodeGraph, dict[tuple[int, int], float]] = {graph: {} for graph in graphs}
+    for rows, context in ((rows, context) for rows in batches for context in contexts):
         times: dict[DecodeGraph, list[float]] = {graph: [] for graph in graphs}
         for _ in range(rounds + 1):
             for graph in graphs:
                 for _ in range(2):  # the first run after another graph's finds its weights out of the processor's cache
-                    session.decode(np.full(rows, 1), np.full(rows, PROMPT_TOKENS), graph)
+                    session.decode(np.full(rows, 1), np.full(rows, context), graph)
                 times[graph].append(session.run_s)
-        for graph, found in times.items():
-            rates[graph][rows] = rows / statistics.median(found[1:])
-    return rates
+        for graph in graphs:
+            found[graph][rows, context] = statistics.median(times[graph][1:])
+    return found
 
 
 def _prompt(seed: int, length: int = PROMPT_TOKENS) -> tuple[int, ...]:
