@@ -26,7 +26,9 @@ soak: $(VENV)/ready  ## run the long fault runs, about ten minutes each
 
 clients: $(VENV)/ready  ## install the clients that the end-to-end tests run in an environment of their own
 	@test -x .venv-clients/bin/python || $(BIN)/python -m venv .venv-clients
-	@.venv-clients/bin/python -m pip --disable-pip-version-check --quiet install litellm mcp langchain-openai
+	@.venv-clients/bin/python -m pip --disable-pip-version-check --quiet install litellm mcp langchain-openai tinfoil-ehbp
+	@command -v npm > /dev/null && npm install --silent --no-fund --no-audit --prefix .venv-clients/node ehbp openai \
+		|| echo "npm is not there: the tests of its clients are left out"
 
 check: $(VENV)/ready  ## lint and types
 	@$(BIN)/ruff format --check .

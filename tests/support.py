@@ -6,7 +6,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,6 +142,7 @@ async def serving(
     max_kept_answer_bytes: int = 1_000_000,
     resumes_all_streams: bool = False,
     resume_secret: str = "",
+    middleware: Sequence[Callable[[ASGIApp], ASGIApp]] = (),
 ) -> AsyncIterator[Serving]:
     session = session or FakeSession(VOCAB_SIZE)
     grammars = Grammars(artifact.tokenizer_path, VOCAB_SIZE, [EOS_ID])
@@ -171,6 +172,7 @@ async def serving(
             keyring,
             kept_answers,
             resume_tokens=tokens,
+            middleware=middleware,
         ).app()
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         try:

@@ -48,6 +48,7 @@ COMMANDS = {
     "evaluate": "Find the smallest artifact that is good enough.",
     "inspect": "Describe an artifact and verify its checksums.",
     "seal": "Encrypt an artifact for its recipients, and sign it.",
+    "keyserver": "Give the keys of sealed artifacts for evidence.",
     "ps": "Show the functions of a running server.",
     "swap": "Serve another artifact under a function's name.",
     "bench": "Measure an artifact's speed, and where the time of a step goes.",

@@ -18,6 +18,7 @@ COMMANDS = {
     "evaluate": "exporter",
     "inspect": "inspect",
     "seal": "seal",
+    "keyserver": "keyserver",
     "ps": "operate",
     "swap": "operate",
     "bench": "bench",

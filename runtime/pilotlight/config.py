@@ -100,11 +100,12 @@ class EventSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ConfidentialSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``[confidential]``: what proves where the functions run (docs/evidence.md).
+    """``[confidential]``: what proves where the functions run (docs/confidential.md).
 
     ``evidence`` is where it comes from; ``simulator`` is the file of the simulated chip, ``certificates`` one (PEM)
     with what the hardware does not give itself, ``tls_certificate`` that of what terminates TLS before this server.
-    With ``require_tee`` nothing starts unless the label is ``hardware``.
+    With ``require_tee`` nothing starts unless the label is ``hardware``. ``encrypted_prompts`` says whether requests
+    with encrypted bodies are taken beside others, or no others.
     """
 
     evidence: Literal["none", "hardware", "simulator"] = "none"
@@ -112,6 +113,10 @@ class ConfidentialSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=Tr
     simulator: str = "~/.cache/pilotlight/simulator.pem"
     certificates: str = ""
     tls_certificate: str = ""
+    encrypted_prompts: Literal["off", "accepted", "required"] = "off"
+
+
+NOT_CONFIDENTIAL = ConfidentialSettings()
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -120,7 +125,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     host: HostSettings = HostSettings()
     functions: dict[str, FunctionSettings] = {}
     events: EventSettings | None = None
-    confidential: ConfidentialSettings = ConfidentialSettings()
+    confidential: ConfidentialSettings = NOT_CONFIDENTIAL
 
 
 def load_settings(path: Path | None, environment: Mapping[str, str] = os.environ, **options: object) -> Settings:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -86,7 +86,10 @@ class Api:
         control: Control | None = None,
         attester: Attester | None = None,
         resume_tokens: ResumeTokens | None = None,
+        middleware: Sequence[Callable[[ASGIApp], ASGIApp]] = (),
     ) -> None:
+        """``middleware`` goes between the door and the endpoints, the first one outermost."""
+        self._middleware = middleware
         self._attester = attester or Unattested()
         self._intake = Intake(functions, max_body_bytes, Resumption(resume_tokens, ledger), kept_answers)
         self._messages = Messages(self._intake)
@@ -107,6 +110,8 @@ class Api:
                 Exception: errors.on_unexpected_error,
             },
         )
+        for one in reversed(self._middleware):
+            app.add_middleware(one)
         app.add_middleware(Doorkeeper, keyring=self._keyring)
         app.add_middleware(RequestIds, tee=self._attester.label)  # the last one added is the first one called
         return app

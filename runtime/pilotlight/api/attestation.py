@@ -53,11 +53,17 @@ class Attester(Protocol):
             EvidenceUnavailable: the source has none at present.
         """
 
+    def take_hpke_key(self, key: bytes) -> None:
+        """Bind evidence to another key of encrypted requests from now on."""
+
 
 class Unattested:
     """Stands where there is no source of evidence, and says so."""
 
     label = TeeLabel.NONE
+
+    def take_hpke_key(self, key: bytes) -> None:
+        """There is nothing to bind."""
 
     def attest(self, nonce: bytes, manifest_digest: bytes) -> Attestation:
         return Attestation(self.label, nonce.hex(), BindingsObject(NO_KEY, NO_KEY, NO_KEY, manifest_digest.hex()))

@@ -15,7 +15,7 @@ from pilotlight.api.errors import error_response
 from pilotlight.errors import InvalidKey, NotPermitted, PilotlightError
 from pilotlight.metering.keyring import Keyring
 
-OPEN_PATHS = frozenset({"/livez", "/readyz", "/openapi.json", "/docs", "/attestation"})
+OPEN_PATHS = frozenset({"/livez", "/readyz", "/openapi.json", "/docs", "/attestation", "/.well-known/hpke-keys"})
 ADMIN_PATHS = ("/admin/", "/metrics")
 
 

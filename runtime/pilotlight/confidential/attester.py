@@ -47,8 +47,12 @@ class Attester:
             ConfigError: there is no such source here.
             EvidenceUnavailable: the source gives nothing.
         """
-        source, roots = _source(settings)
+        source, roots = open_source(settings)
         return cls(source, keys, self_appraisal(source, roots, datetime.now(UTC)).label)
+
+    def take_hpke_key(self, key: bytes) -> None:
+        """Bind evidence to another key of encrypted requests from now on."""
+        self._keys = replace(self._keys, hpke_key=key)
 
     def attest(self, nonce: bytes, manifest_digest: bytes) -> Attestation:
         """Return fresh evidence that is bound to a nonce of 32 bytes; may block."""
@@ -82,7 +86,14 @@ def self_appraisal(source: Source, roots: Roots, at: datetime) -> Appraisal:
     return appraise(source.attest(nonce), nonce=nonce, policy=ANYTHING, at=at, roots=roots)
 
 
-def _source(settings: ConfidentialSettings) -> tuple[Source, Roots]:
+def open_source(settings: ConfidentialSettings) -> tuple[Source, Roots]:
+    """Open the source of evidence that the settings name.
+
+    Raises:
+        ConfigError: there is no such source here.
+    """
+    if settings.evidence == "none":
+        raise ConfigError("this needs evidence, and confidential.evidence is 'none'")
     if settings.evidence == "simulator":
         simulator = Simulator.open(Path(settings.simulator).expanduser())
         return simulator, VENDORS.trusting(Kind.SIMULATED, simulator.root_fingerprint)

@@ -4,9 +4,10 @@
 release    what else is to be said
 =========  =========================================================================================================
 ``file``   ``private_key``: an X25519 or RSA key in PEM; for development, as it lies where the artifact does
-``kbs``    ``url`` of a key server that speaks the protocol of Trustee, and ``evidence``: where this machine's is from
+``kbs``    ``url`` of a key server that speaks the protocol of Trustee; the evidence is that of ``[confidential]``
+``coco``   nothing: the guest of Confidential Containers has a service that attests and asks its key broker
 ``azure``  ``url`` of the attestation sidecar, and ``maa`` of Microsoft Azure Attestation
-``aws``    ``evidence``; AWS KMS answers to the key in the Nitro document
+``aws``    nothing: AWS KMS answers to the key that is in the enclave's own document
 =========  =========================================================================================================
 
 ``publisher`` is always needed: the public key, in PEM, whose signature on the sealed manifest counts.
@@ -30,6 +31,7 @@ from pilotlight.confidential.sealed_manifest import (
     digest_of,
     read_signed,
 )
+from pilotlight.config import NOT_CONFIDENTIAL, ConfidentialSettings
 from pilotlight.errors import ConfigError, StartupError
 from pilotlight.metering.signing import read_verifying_key
 
@@ -55,7 +57,6 @@ class UnsealSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     private_key: str = ""
     url: str = ""
     maa: str = ""
-    evidence: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +67,10 @@ class Unsealing:
     source: KeySource
 
     @classmethod
-    def parse(cls, table: dict[str, str], origin: str) -> Unsealing:
-        """Read ``[functions.NAME.unseal]``.
+    def parse(
+        cls, table: dict[str, str], origin: str, confidential: ConfidentialSettings = NOT_CONFIDENTIAL
+    ) -> Unsealing:
+        """Read ``[functions.NAME.unseal]``; evidence comes from where ``confidential`` says.
 
         Raises:
             ConfigError: a key is unknown or missing.
@@ -76,7 +79,7 @@ class Unsealing:
             settings = msgspec.convert(table, UnsealSettings)
         except msgspec.ValidationError as error:
             raise ConfigError(f"{origin}: {error}") from error
-        return cls(Path(settings.publisher), _source(settings, origin))
+        return cls(Path(settings.publisher), _source(settings, origin, confidential))
 
     def open(self, path: Path) -> Artifact:
         """Open a sealed artifact: first whose it is, then its key, then what is inside.
@@ -131,10 +134,28 @@ def recipient_for(sealed: SealedManifest, kind: str, name: str | None = None) ->
     )
 
 
-def _source(settings: UnsealSettings, origin: str) -> KeySource:
+def _source(settings: UnsealSettings, origin: str, confidential: ConfidentialSettings) -> KeySource:
+    """Return the source that is named; each is loaded only where it is."""
     if settings.release == "file":
         return KeyFile(Path(_given(settings.private_key, "private_key", origin)))
-    raise ConfigError(f"{origin}.release is {settings.release!r}; expected file, kbs, azure or aws")
+    if settings.release == "kbs":
+        from pilotlight.confidential.attester import open_source
+        from pilotlight.confidential.kbs import KeyBroker
+
+        return KeyBroker(_given(settings.url, "url", origin), open_source(confidential)[0])
+    if settings.release == "coco":
+        from pilotlight.confidential.kbs import GuestService
+
+        return GuestService()
+    if settings.release == "azure":
+        from pilotlight.confidential.azure import SecureKeyRelease
+
+        return SecureKeyRelease(_given(settings.url, "url", origin), _given(settings.maa, "maa", origin))
+    if settings.release == "aws":
+        from pilotlight.confidential.aws import AwsKms
+
+        return AwsKms()
+    raise ConfigError(f"{origin}.release is {settings.release!r}; expected file, kbs, coco, azure or aws")
 
 
 def _given(value: str, name: str, origin: str) -> str:

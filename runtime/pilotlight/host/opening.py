@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from pilotlight.artifact import Artifact, Grant, open_artifact
-from pilotlight.config import FunctionSettings
+from pilotlight.config import NOT_CONFIDENTIAL, ConfidentialSettings, FunctionSettings
 
 
-def open_for(name: str, settings: FunctionSettings) -> Artifact:
+def open_for(name: str, settings: FunctionSettings, confidential: ConfidentialSettings = NOT_CONFIDENTIAL) -> Artifact:
     """Open a function's artifact; where it is sealed, its key is asked for.
 
     Raises:
@@ -26,7 +26,7 @@ def open_for(name: str, settings: FunctionSettings) -> Artifact:
     from pilotlight.confidential.locked_memory import harden_process
 
     harden_process()
-    return Unsealing.parse(settings.unseal, f"functions.{name}.unseal").open(path)
+    return Unsealing.parse(settings.unseal, f"functions.{name}.unseal", confidential).open(path)
 
 
 def reopen_artifact(path: Path, grant: Grant | None) -> Artifact:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pilotlight.api.metrics import Metrics
 from pilotlight.artifact import Artifact
-from pilotlight.config import FunctionSettings, HostSettings
+from pilotlight.config import NOT_CONFIDENTIAL, ConfidentialSettings, FunctionSettings, HostSettings
 from pilotlight.engine.policy import Policy as EnginePolicy
 from pilotlight.function import Function, UsageLedger
 from pilotlight.host.autoscaler import Policy
@@ -34,6 +34,7 @@ class Surroundings:
     machine: Machine
     verified: Verified
     tee: TeeLabel = TeeLabel.NONE
+    confidential: ConfidentialSettings = NOT_CONFIDENTIAL
 
 
 def open_pooled(name: str, settings: FunctionSettings, around: Surroundings) -> tuple[Function, Pool]:
@@ -44,7 +45,7 @@ def open_pooled(name: str, settings: FunctionSettings, around: Surroundings) -> 
         ConfigError: a setting does not fit the artifact.
     """
     prices = PriceSchedule.from_config(settings.prices, f"functions.{name}.prices")
-    artifact = open_for(name, settings)
+    artifact = open_for(name, settings, around.confidential)
     around.verified.verify(artifact)
     context = max_context_tokens(name, settings, artifact)
     pool = Pool(_pool_settings(name, settings, around.host, artifact, context), around.launcher, around.machine,

@@ -23,6 +23,7 @@ from pilotlight.function import Function
 from pilotlight.host.attesting import open_attester
 from pilotlight.host.courier import Courier
 from pilotlight.host.deployments import Deployments, Version
+from pilotlight.host.encryption import open_encryption
 from pilotlight.host.launcher import ZygoteLauncher
 from pilotlight.host.machine import Machine
 from pilotlight.host.pooled import Surroundings, cache_dir, open_pooled
@@ -57,7 +58,8 @@ def run(settings: Settings, on_ready: OnReady) -> None:
 async def _serve(settings: Settings, on_ready: OnReady) -> None:
     # the port first: a start in vain should not load a model
     ledger_at = located(settings.host.ledger)
-    attester = open_attester(settings)
+    encryption = open_encryption(settings)
+    attester = open_attester(settings, *(() if encryption is None else (encryption.public_key,)))
     with (
         _bind(settings.host) as listener,
         open_ledger(ledger_at, _signer(settings.host), settings.host.cache_dir) as ledger,
@@ -70,7 +72,8 @@ async def _serve(settings: Settings, on_ready: OnReady) -> None:
         machine = Machine(host.memory_budget_mb * 1_000_000)
         launcher = ZygoteLauncher()
         tee = TeeLabel.NONE if attester is None else attester.label
-        around = Surroundings(host, ledger, metrics, launcher, machine, Verified(cache_dir(host)), tee)
+        verified = Verified(cache_dir(host))
+        around = Surroundings(host, ledger, metrics, launcher, machine, verified, tee, settings.confidential)
         functions = Deployments()
         control = HostControl(functions, around, launcher)
         ticks: asyncio.Task[None] | None = None
@@ -84,6 +87,7 @@ async def _serve(settings: Settings, on_ready: OnReady) -> None:
                 pool.act()
                 _meter_replicas(meter, name, of_function, functions)
             metrics.watch(functions)
+            middleware = () if encryption is None else (encryption.middleware(attester),)
             app = Api(
                 functions,
                 ledger,
@@ -95,6 +99,7 @@ async def _serve(settings: Settings, on_ready: OnReady) -> None:
                 control,
                 attester,
                 resume_tokens(host),
+                middleware,
             ).app()
             launcher.start()
             ticks = asyncio.create_task(machine.run())

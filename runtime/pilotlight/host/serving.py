@@ -1,0 +1,38 @@
+"""Serving an application that is none of our functions: the key server, and the proxy on a client's machine."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from pilotlight.errors import ConfigError
+
+Tls = tuple[Path, Path | None]
+
+
+def serve_app(app: ASGIApp, address: str, port: int, on_ready: Callable[[str], None], tls: Tls | None = None) -> None:
+    """Serve until SIGTERM or SIGINT. ``on_ready`` gets the base URL once the port is open.
+
+    Raises:
+        ConfigError: the address cannot be listened on, or the certificate cannot be used.
+    """
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        listener = socket.create_server((address, port), family=family)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {address}:{port}: {error.strerror}") from error
+    with listener:
+        config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", server_header=False)
+        if tls is not None:
+            config.ssl_certfile, config.ssl_keyfile = tls
+        try:
+            config.load()
+        except OSError as error:
+            raise ConfigError(f"the TLS certificate cannot be used ({error})") from error
+        host = f"[{address}]" if ":" in address else address
+        on_ready(f"{'http' if tls is None else 'https'}://{host}:{listener.getsockname()[1]}")
+        uvicorn.Server(config).run(sockets=[listener])

@@ -1,0 +1,418 @@
+"""Key release: our client against our key server, and against answers of Azure and AWS in their recorded shapes."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from asn1crypto import algos, cms, core
+from cryptography.hazmat.primitives.asymmetric import padding, rsa
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.padding import PKCS7
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_der_public_key
+from hypothesis import given
+from hypothesis import strategies as st
+from joserfc.jwk import ECKey, RSAKey
+
+from evidence_files import evidence_file
+from pilotlight.artifact import Artifact
+from pilotlight.confidential.appraisal import Evidence, Kind, Policy
+from pilotlight.confidential.aws import AwsKms, open_enveloped
+from pilotlight.confidential.azure import SecureKeyRelease
+from pilotlight.confidential.kbs import GuestService, KeyBroker, runtime_hash
+from pilotlight.confidential.key_release import KeyNotReleased, Unsealing
+from pilotlight.confidential.keyserver import SESSION_COOKIE, SESSION_TTL_S, KeyServer
+from pilotlight.confidential.keyserver_policy import KeyPolicy, Release
+from pilotlight.confidential.sealed_manifest import Recipient, SealedFile, SealedManifest
+from pilotlight.confidential.sealing import Publisher, seal
+from pilotlight.confidential.simulator import MEASUREMENT, Simulator
+from pilotlight.errors import ConfigError
+from pilotlight.tee import TeeLabel
+
+KEY = bytes(range(32))
+RESOURCE = "default/key/toy"
+ARTIFACT = f"sha256:{'ab' * 32}"
+
+
+@pytest.fixture(scope="module")
+def simulator() -> Simulator:
+    return Simulator.create()
+
+
+def sealed_for(*recipients: Recipient) -> SealedManifest:
+    files = {"manifest.json": SealedFile(0, ["00" * 32])}
+    return SealedManifest(1, ARTIFACT, "00" * 32, "00" * 32, 16, files, list(recipients))
+
+
+@dataclass
+class Wire:
+    """A key server in this process; what goes over the wire can be seen and changed."""
+
+    server: KeyServer
+    change: Callable[[httpx.Request], httpx.Request] = lambda request: request
+    seen: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+
+    def client(self) -> httpx.Client:
+        app = self.server.app()
+
+        def handle(request: httpx.Request) -> httpx.Response:
+            changed = self.change(request)
+            answer = asyncio.run(_through(app, changed))
+            self.seen.append((changed.url.path, json.loads(answer.content) if b"{" in answer.content[:1] else {}))
+            return answer
+
+        return httpx.Client(transport=httpx.MockTransport(handle))
+
+
+async def _through(app: Any, request: httpx.Request) -> httpx.Response:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app)) as client:
+        answer = await client.request(request.method, request.url, content=request.content, headers=request.headers)
+    headers = [(name, value) for name, value in answer.headers.multi_items() if name != "content-length"]
+    return httpx.Response(answer.status_code, headers=headers, content=answer.content)
+
+
+def policy(simulator: Simulator, **changes: Any) -> KeyPolicy:
+    measured = Policy.parse({"kinds": ["simulated"], "claims": {"measurement": [MEASUREMENT.hex()]}}, "policy")
+    rule = {"resource": RESOURCE, "evidence": measured, "labels": frozenset({TeeLabel.SIMULATED}), **changes}
+    trust: Any = {"simulated": [simulator.root_fingerprint]}
+    return KeyPolicy([Release(**rule)], trust)
+
+
+@pytest.fixture
+def keys_dir(tmp_path: Path) -> Path:
+    (tmp_path / RESOURCE).parent.mkdir(parents=True)
+    (tmp_path / RESOURCE).write_bytes(KEY)
+    return tmp_path
+
+
+def broker(wire: Wire, source: Any) -> KeyBroker:
+    return KeyBroker("http://keys", source, wire.client())
+
+
+def test_a_key_comes_for_evidence_that_the_policy_accepts(simulator: Simulator, keys_dir: Path) -> None:
+    log: list[str] = []
+    wire = Wire(KeyServer(policy(simulator, artifacts=frozenset({ARTIFACT})), keys_dir, log=log.append))
+    assert broker(wire, simulator).release(sealed_for(Recipient("kbs", f"kbs:///{RESOURCE}"))) == KEY
+    assert [path.rpartition("/v0/")[2] for path, _ in wire.seen] == ["auth", "attest", f"resource/{RESOURCE}"]
+    (line,) = log
+    assert line.startswith(f"released {RESOURCE}: label simulated")
+    over_the_wire = json.dumps(wire.seen)
+    assert KEY.hex() not in over_the_wire
+    assert base64.b64encode(KEY).decode() not in over_the_wire
+    token = json.loads(_part(wire.seen[1][1]["token"], 1))
+    assert token["eat_profile"] == "tag:github.com,2024:confidential-containers/Trustee"
+    assert token["submods"]["cpu0"]["ear.status"] == "warning"
+
+
+def _part(token: str, number: int) -> bytes:
+    part = token.split(".")[number]
+    return base64.urlsafe_b64decode(part + "=" * (-len(part) % 4))
+
+
+def refusal(wire: Wire, source: Any, path: str = RESOURCE, artifact: str = ARTIFACT) -> str:
+    with pytest.raises(KeyNotReleased) as refused:
+        broker(wire, source).resource(path, artifact)
+    return refused.value.message
+
+
+class Source:
+    """Evidence that was tampered with."""
+
+    def __init__(self, attest: Callable[[bytes], Evidence]) -> None:
+        self.attest = attest
+
+
+def test_each_wrong_evidence_gets_nothing(simulator: Simulator, keys_dir: Path) -> None:
+    wire = Wire(KeyServer(policy(simulator), keys_dir))
+
+    def flipped(report_data: bytes) -> Evidence:
+        good = simulator.attest(report_data)
+        body = bytearray(good.body)
+        body[0x90] ^= 1  # in the measurement
+        return Evidence(good.kind, bytes(body), good.certificates)
+
+    sources: dict[str, Callable[[bytes], Evidence]] = {
+        "another chip": Simulator.create().attest,
+        "another measurement": lambda data: simulator.attest(data, measurement=bytes(48)),
+        "debug": lambda data: simulator.attest(data, policy=1 << 19 | 1 << 17),
+        "not for this nonce": lambda _: simulator.attest(bytes(64)),
+        "altered": flipped,
+        "another kind": lambda data: Evidence(Kind.SEV_SNP, simulator.attest(data).body, simulator.certificates),
+    }
+    for name, attest in sources.items():
+        assert "status 403" in refusal(wire, Source(attest)), name
+    assert broker(wire, simulator).resource(RESOURCE, ARTIFACT) == KEY
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"labels": frozenset({TeeLabel.HARDWARE})}, "hardware is required"),
+        ({"artifacts": frozenset({f"sha256:{'00' * 32}"})}, "the artifact is sha256:abab"),
+        ({"resource": "default/key/other"}, "no rule gives default/key/toy"),
+        ({"evidence": Policy()}, "names no allowed value"),
+    ],
+)
+def test_what_the_policy_does_not_accept_gets_nothing(
+    simulator: Simulator, keys_dir: Path, changes: dict[str, Any], why: str
+) -> None:
+    assert why in refusal(Wire(KeyServer(policy(simulator, **changes), keys_dir)), simulator)
+
+
+def test_a_rule_without_a_key_gives_nothing(simulator: Simulator, tmp_path: Path) -> None:
+    assert "there is no resource" in refusal(Wire(KeyServer(policy(simulator), tmp_path)), simulator)
+
+
+def test_the_key_goes_to_the_key_in_the_evidence_only(simulator: Simulator, keys_dir: Path) -> None:
+    """A man in the middle who puts in his own public key has evidence for another one."""
+    other = {**ECKey.generate_key("P-256").as_dict(private=False), "alg": "ECDH-ES+A256KW"}
+
+    def swap(request: httpx.Request) -> httpx.Request:
+        if not request.url.path.endswith("attest"):
+            return request
+        body = json.loads(request.content)
+        body["runtime-data"]["tee-pubkey"] = {name: other[name] for name in ("alg", "crv", "kty", "x", "y")}
+        return httpx.Request("POST", request.url, json=body, headers={"cookie": request.headers["cookie"]})
+
+    assert "nonce" in refusal(Wire(KeyServer(policy(simulator), keys_dir), swap), simulator)
+
+
+def test_the_claimed_artifact_is_bound_to_the_evidence(simulator: Simulator, keys_dir: Path) -> None:
+    def claim(request: httpx.Request) -> httpx.Request:
+        if not request.url.path.endswith("attest"):
+            return request
+        body = json.loads(request.content)
+        body["tee-evidence"]["additional_evidence"] = json.dumps({"artifact": ARTIFACT})
+        return httpx.Request("POST", request.url, json=body, headers={"cookie": request.headers["cookie"]})
+
+    wire = Wire(KeyServer(policy(simulator, artifacts=frozenset({ARTIFACT})), keys_dir), claim)
+    assert "status 403" in refusal(wire, simulator, artifact=f"sha256:{'00' * 32}")
+
+
+def test_a_session_attests_once_and_ends(simulator: Simulator, keys_dir: Path) -> None:
+    now = [0.0]
+    server = KeyServer(policy(simulator), keys_dir, clock=lambda: now[0])
+    client = Wire(server).client()
+    nonce = client.post("http://keys/kbs/v0/auth", json={"version": "0.4.0", "tee": "sample"}).json()["nonce"]
+    assert len(base64.b64decode(nonce)) == 32
+    body = attestation(simulator, nonce)
+    assert client.post("http://keys/kbs/v0/attest", json=body).status_code == 200
+    again = client.post("http://keys/kbs/v0/attest", json=body)
+    assert again.status_code == 401
+    assert again.headers["content-type"] == "application/problem+json"
+    assert client.get(f"http://keys/kbs/v0/resource/{RESOURCE}").status_code == 200
+    now[0] = SESSION_TTL_S + 1
+    assert client.get(f"http://keys/kbs/v0/resource/{RESOURCE}").status_code == 401
+
+
+def attestation(simulator: Simulator, nonce: str) -> dict[str, Any]:
+    public = {**ECKey.generate_key("P-256").as_dict(private=False), "alg": "ECDH-ES+A256KW"}
+    jwk = {name: public[name] for name in ("alg", "crv", "kty", "x", "y")}
+    evidence = json.loads(simulator.attest(runtime_hash(jwk, nonce, "")).to_json())
+    return {
+        "runtime-data": {"nonce": nonce, "tee-pubkey": jwk},
+        "tee-evidence": {"primary_evidence": evidence, "additional_evidence": ""},
+    }
+
+
+def test_a_token_stands_for_its_session_and_an_altered_one_for_none(simulator: Simulator, keys_dir: Path) -> None:
+    client = Wire(KeyServer(policy(simulator), keys_dir)).client()
+    nonce = client.post("http://keys/kbs/v0/auth", json={"version": "0.4.0", "tee": "sample"}).json()["nonce"]
+    token = client.post("http://keys/kbs/v0/attest", json=attestation(simulator, nonce)).json()["token"]
+    client.cookies.delete(SESSION_COOKIE)
+    url = f"http://keys/kbs/v0/resource/{RESOURCE}"
+    assert client.get(url, headers={"authorization": f"Bearer {token}"}).status_code == 200
+    head, claims, signature = token.split(".")
+    for bad in ("x", f"{head}.{claims}.", f"{head}.{claims[:-2]}AA.{signature}", ""):
+        assert client.get(url, headers={"authorization": f"Bearer {bad}"}).status_code == 401
+
+
+@pytest.mark.parametrize("path", ["..%2F..%2Fetc/a/b", "default/key/..", "default/key/%2e%2e", "default/key/toy/x"])
+def test_a_path_that_is_none_gets_nothing(simulator: Simulator, keys_dir: Path, path: str) -> None:
+    client = Wire(KeyServer(policy(simulator), keys_dir)).client()
+    nonce = client.post("http://keys/kbs/v0/auth", json={"version": "0.4.0", "tee": "sample"}).json()["nonce"]
+    client.post("http://keys/kbs/v0/attest", json=attestation(simulator, nonce))
+    assert client.get(f"http://keys/kbs/v0/resource/{path}").status_code in (403, 404)
+
+
+@pytest.mark.parametrize("version", ["0.1.1", "0.4.1", ""])
+def test_another_version_of_the_protocol_is_refused(simulator: Simulator, keys_dir: Path, version: str) -> None:
+    client = Wire(KeyServer(policy(simulator), keys_dir)).client()
+    answer = client.post("http://keys/kbs/v0/auth", json={"version": version, "tee": "sample"})
+    assert answer.status_code == 400
+    assert "0.4.0" in answer.json()["detail"]
+
+
+@given(path=st.sampled_from(["auth", "attest"]), body=st.binary(max_size=200))
+def test_any_body_is_answered_with_a_problem(simulator: Simulator, path: str, body: bytes) -> None:
+    client = Wire(KeyServer(policy(simulator), Path("nowhere"))).client()
+    answer = client.post(f"http://keys/kbs/v0/{path}", content=body)
+    assert 400 <= answer.status_code < 500
+    assert answer.headers["content-type"] == "application/problem+json"
+
+
+@given(status=st.sampled_from([200, 200, 401, 500]), content=st.binary(max_size=200) | st.just(b'{"nonce": "AA=="}'))
+def test_any_answer_of_a_key_server_is_a_refusal(simulator: Simulator, status: int, content: bytes) -> None:
+    client = httpx.Client(transport=httpx.MockTransport(lambda _: httpx.Response(status, content=content)))
+    with pytest.raises(KeyNotReleased):
+        KeyBroker("http://keys", simulator, client).resource(RESOURCE, ARTIFACT)
+
+
+def test_a_policy_file_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "policy.toml"
+    file.write_text(
+        f'[trust]\nsimulated = ["{"0" * 64}"]\n[[release]]\nresource = "{RESOURCE}"\nlabels = ["simulated"]\n'
+        f'artifacts = ["{ARTIFACT}"]\n[release.evidence]\nkinds = ["simulated"]\nclaims.measurement = ["00"]\n'
+    )
+    (rule,) = KeyPolicy.read(file).release
+    assert rule.labels == {TeeLabel.SIMULATED}
+    for text in ("x = 1", "[[release]]\nresource = '../x/y'\n[release.evidence]", "release = 1", "["):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match="is not a policy"):
+            KeyPolicy.read(file)
+
+
+def test_the_guest_service_of_confidential_containers_is_asked() -> None:
+    asked = []
+
+    def handle(request: httpx.Request) -> httpx.Response:
+        asked.append(str(request.url))
+        return httpx.Response(200, content=KEY)
+
+    sealed = sealed_for(Recipient("kbs", f"kbs:///{RESOURCE}"))
+    assert GuestService(httpx.Client(transport=httpx.MockTransport(handle))).release(sealed) == KEY
+    assert asked == [f"http://127.0.0.1:8006/cdh/resource/{RESOURCE}"]
+    empty = httpx.Client(transport=httpx.MockTransport(lambda _: httpx.Response(200)))
+    with pytest.raises(KeyNotReleased):
+        GuestService(empty).release(sealed)
+
+
+@pytest.fixture(scope="module")
+def vault_key() -> rsa.RSAPrivateKey:
+    return rsa.generate_private_key(65537, 2048)
+
+
+def azure(answer: httpx.Response, asked: list[Any] | None = None) -> SecureKeyRelease:
+    def handle(request: httpx.Request) -> httpx.Response:
+        if asked is not None:
+            asked.append((request.url.path, json.loads(request.content)))
+        return answer
+
+    return SecureKeyRelease(
+        "http://sidecar", "https://maa.example.com/", httpx.Client(transport=httpx.MockTransport(handle))
+    )
+
+
+def test_azure_releases_the_key_that_unwraps_ours(vault_key: rsa.RSAPrivateKey) -> None:
+    wrapped = vault_key.public_key().encrypt(KEY, padding.OAEP(padding.MGF1(SHA256()), SHA256(), None))
+    recipient = Recipient("azure", "https://v.vault.azure.net/keys/model/00ff", base64.b64encode(wrapped).decode())
+    jwk = json.dumps(RSAKey.import_key(vault_key).as_dict(private=True))
+    asked: list[Any] = []
+    assert azure(httpx.Response(200, json={"key": jwk}), asked).release(sealed_for(recipient)) == KEY
+    expected = {"maa_endpoint": "maa.example.com", "akv_endpoint": "v.vault.azure.net", "kid": "model"}
+    assert asked == [("/key/release", expected)]
+    public = json.dumps(RSAKey.import_key(vault_key).as_dict(private=False))
+    for answer in (
+        httpx.Response(403, text="denied"),
+        httpx.Response(200, json={"key": "{}"}),
+        httpx.Response(200, json={"key": public}),
+        httpx.Response(200, json={}),
+        httpx.Response(200, content=b"\xff"),
+    ):
+        with pytest.raises(KeyNotReleased):
+            azure(answer).release(sealed_for(recipient))
+
+
+def enveloped(public: rsa.RSAPublicKey, text: bytes) -> bytes:
+    """Return what AWS KMS answers to an enclave, as its own sample has it."""
+    content_key, iv = os.urandom(32), os.urandom(16)
+    padder = PKCS7(128).padder()
+    padded = padder.update(text) + padder.finalize()
+    encryptor = Cipher(algorithms.AES(content_key), modes.CBC(iv)).encryptor()
+    oaep = algos.RSAESOAEPParams({"hash_algorithm": {"algorithm": "sha256"}})
+    info = cms.KeyTransRecipientInfo(
+        {
+            "version": "v2",
+            "rid": cms.RecipientIdentifier({"subject_key_identifier": core.OctetString(b"x").native}),
+            "key_encryption_algorithm": {"algorithm": "rsaes_oaep", "parameters": oaep},
+            "encrypted_key": public.encrypt(content_key, padding.OAEP(padding.MGF1(SHA256()), SHA256(), None)),
+        }
+    )
+    inner = {
+        "content_type": "data",
+        "content_encryption_algorithm": {"algorithm": "aes256_cbc", "parameters": core.OctetString(iv)},
+        "encrypted_content": encryptor.update(padded) + encryptor.finalize(),
+    }
+    content = cms.EnvelopedData({"version": "v2", "recipient_infos": [info], "encrypted_content_info": inner})
+    dumped: bytes = cms.ContentInfo({"content_type": "enveloped_data", "content": content}).dump()
+    return dumped
+
+
+def test_aws_answers_to_the_key_in_the_document() -> None:
+    asked: list[tuple[str, bytes, bytes]] = []
+
+    def decrypt(arn: str, wrapped: bytes, document: bytes) -> bytes:
+        asked.append((arn, wrapped, document))
+        public = load_der_public_key(document)
+        assert isinstance(public, rsa.RSAPublicKey)
+        return enveloped(public, KEY)
+
+    arn = "arn:aws:kms:eu-central-1:123456789012:key/model"
+    recipient = Recipient("aws", arn, base64.b64encode(b"blob").decode())
+    assert AwsKms(lambda public: public, decrypt).release(sealed_for(recipient)) == KEY
+    assert asked[0][:2] == (arn, b"blob")
+
+
+def test_the_sample_of_aws_is_read_and_is_not_for_us(vault_key: rsa.RSAPrivateKey) -> None:
+    sample = evidence_file("kms/ciphertext_for_recipient.ber")
+    parsed = cms.ContentInfo.load(sample)["content"]
+    (info,) = parsed["recipient_infos"]
+    assert info.chosen["key_encryption_algorithm"]["algorithm"].native == "rsaes_oaep"
+    with pytest.raises(KeyNotReleased, match="not encrypted for this enclave"):
+        open_enveloped(sample, vault_key)
+
+
+@given(st.data())
+def test_a_mutated_envelope_is_refused_or_harmless(vault_key: rsa.RSAPrivateKey, data: st.DataObject) -> None:
+    good = bytearray(enveloped(vault_key.public_key(), KEY))
+    for _ in range(data.draw(st.integers(1, 3))):
+        good[data.draw(st.integers(0, len(good) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        open_enveloped(bytes(good), vault_key)
+    except KeyNotReleased:
+        return
+
+
+@given(st.binary(max_size=300))
+def test_any_bytes_in_place_of_an_envelope_are_refused(vault_key: rsa.RSAPrivateKey, content: bytes) -> None:
+    with pytest.raises(KeyNotReleased):
+        open_enveloped(content, vault_key)
+
+
+def test_a_document_of_one_enclave_does_not_open_the_answer_to_another(vault_key: rsa.RSAPrivateKey) -> None:
+    other = rsa.generate_private_key(65537, 2048)
+    with pytest.raises(KeyNotReleased):
+        open_enveloped(enveloped(other.public_key(), KEY), vault_key)
+
+
+def test_a_sealed_artifact_opens_through_the_key_server(
+    toy_artifact: Artifact, simulator: Simulator, tmp_path: Path
+) -> None:
+    signing = Ed25519PrivateKey.generate()
+    publisher = tmp_path / "publisher.pub"
+    publisher.write_bytes(signing.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    recipients = [f"kbs:///{RESOURCE}"]
+    seal(toy_artifact, tmp_path / "sealed", Publisher(signing, recipients, tmp_path / "keys", lambda _, key: key))
+    wire = Wire(KeyServer(policy(simulator, artifacts=frozenset({toy_artifact.digest})), tmp_path / "keys"))
+    opened = Unsealing(publisher, broker(wire, simulator)).open(tmp_path / "sealed")
+    assert opened.digest == toy_artifact.digest
