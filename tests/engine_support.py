@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from pilotlight.engine.engine import Engine, Event
 from pilotlight.engine.fake import FakeSession
 from pilotlight.engine.grammar import Grammars
 from pilotlight.engine.policy import Policy
-from pilotlight.request import TokenEvent
+from pilotlight.engine.session import Session
+from pilotlight.request import Sequence, TokenEvent
 
 
 class Log:
@@ -39,6 +40,7 @@ class Log:
 
 
 SMALL_CHUNKS = Policy(max_chunk_tokens=4)
+CHUNKS_OF_64 = Policy(max_chunk_tokens=64)
 
 
 @contextmanager
@@ -55,3 +57,40 @@ def engine_on(
         yield engine, log
     finally:
         engine.close()
+
+
+def generate(
+    session: Session, sequences: list[Sequence], joins: Iterable[int] = (), policy: Policy = CHUNKS_OF_64
+) -> dict[str, list[int]]:
+    """Run sequences through an engine; ``joins`` says how many tokens to wait for before each submission."""
+    events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+
+    def emit(step: list[Event]) -> None:
+        for event in step:
+            events.put(event)
+
+    engine = Engine(session, emit, policy)
+    engine.start()
+    tokens: dict[str, list[int]] = {sequence.id: [] for sequence in sequences}
+    pauses = iter(joins)
+    running = 0
+
+    def receive() -> int:
+        name, event = events.get(timeout=60)
+        assert event.error is None
+        if event.token_id is not None:
+            tokens[name].append(event.token_id)
+        return 1 if event.finish else 0
+
+    try:
+        for sequence in sequences:
+            engine.submit(sequence)
+            running += 1
+            for _ in range(next(pauses, 0)):
+                if running:
+                    running -= receive()
+        while running:
+            running -= receive()
+    finally:
+        engine.close()
+    return tokens

@@ -211,8 +211,9 @@ def named_events(text: str) -> list[tuple[str, dict[str, Any]]]:
 
 
 def export_artifact(model: Path, target: Path, precision: str) -> Artifact:
-    """Export a model with the command that users call."""
-    command = [sys.executable, "-m", "pilotlight", "export", str(model), "--precision", precision, "--out", str(target)]
+    """Export a model with the command that users call; a precision's recipe is named as in ``int4-fp16``."""
+    of = ["--precision", precision.partition("-")[0], *(["--recipe", precision] if "-" in precision else [])]
+    command = [sys.executable, "-m", "pilotlight", "export", str(model), *of, "--out", str(target)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return open_artifact(target)

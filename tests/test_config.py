@@ -15,6 +15,7 @@ from pilotlight.config import (
     EventSettings,
     FunctionSettings,
     HostSettings,
+    ModalSettings,
     Settings,
     load_settings,
 )
@@ -118,8 +119,9 @@ def test_loopback_is_served(address: str) -> None:
     ("text", "problem"),
     [
         ("[", "is not valid TOML (Invalid initial character for a key part (at end of document))"),
-        ("colour = 1", "unknown key colour = 1; expected one of host, functions, events, confidential"),
-        ("[hosts]\nport = 1", "unknown key hosts = {'port': 1}; expected one of host, functions, events, confidential"),
+        ("colour = 1", "unknown key colour = 1; expected one of host, functions, events, confidential, modal"),
+        ("[hosts]\nport = 1", "unknown key hosts = {'port': 1}; "
+         "expected one of host, functions, events, confidential, modal"),
         ("host = 1", "host is 1; expected a table [host]"),
         ("functions = []", "functions is []; expected a table [functions]"),
         ("[host]\nprot = 80", f"unknown key host.prot = 80; expected one of {HOST_KEYS}"),
@@ -181,12 +183,13 @@ def test_the_example_holds_the_defaults() -> None:
     assert msgspec.structs.replace(function, prices={}) == FunctionSettings(artifact="artifacts/demo-int4")
     free = PriceSchedule.from_config({}, "prices")
     assert PriceSchedule.from_config(function.prices, "prices") == free
+    assert settings.modal == ModalSettings()
 
 
 def test_the_example_mentions_every_setting() -> None:
     keys = set(re.findall(r"^(?:# )?(\w+) = ", EXAMPLE.read_text(encoding="utf-8"), re.MULTILINE))
     tables = {"prices", "unseal"}
-    structs = (HostSettings, FunctionSettings, EventSettings, UnsealSettings, ConfidentialSettings)
+    structs = (HostSettings, FunctionSettings, EventSettings, UnsealSettings, ConfidentialSettings, ModalSettings)
     expected = {field.name for struct in structs for field in msgspec.structs.fields(struct)} | {"valid_from"}
     expected |= {field.name.replace("_micros", "") for field in msgspec.structs.fields(PriceTable)}
     assert keys == expected - tables

@@ -15,7 +15,6 @@ from pilotlight_export.fuse.graph import ABSTRACT, KERNELS, Array, add_node, arr
 from pilotlight_export.kv_cache import Scales, quantize_cache
 from pilotlight_export.quantize import QuantizedBlocks, quantize_blocks, quantize_columns
 from pilotlight_export.recipes import (
-    ACCURACY_LEVEL,
     EMBEDDING,
     HEAD,
     TIED_HEAD,
@@ -160,7 +159,7 @@ class _Lowering:
             "K": quantized.scales.shape[1] * scheme.block_size,
             "bits": scheme.bits,
             "block_size": scheme.block_size,
-            "accuracy_level": ACCURACY_LEVEL,
+            "accuracy_level": self._recipe.accuracy_level,
         }
         return self._add_kernel("MatMulNBits", inputs, _name(node), attributes)
 
@@ -196,7 +195,12 @@ class _Lowering:
         return grid
 
     def _widen(self, name: str, halves: Array) -> ir.Value:
-        """Store a tensor as float16 and widen it in the graph; a session does that once, when it loads."""
+        """Store a tensor as float16 and widen it in the graph; a session does that once, when it loads.
+
+        A graph that computes in float16 takes it as it is.
+        """
+        if self._recipe.dtype == "float16":
+            return self._store(name, halves)
         if name not in self._widened:
             attributes = {"to": ir.DataType.FLOAT.value}
             self._widened[name] = self._add("Cast", [self._store(name, halves)], f"{name}/Cast", attributes)

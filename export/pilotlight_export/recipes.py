@@ -47,7 +47,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class Halves:
-    """Stored as float16, widened to float32 when a session loads."""
+    """Stored as float16, and widened when a session loads where the graph computes in float32."""
 
     def __str__(self) -> str:
         return "float16"
@@ -66,6 +66,11 @@ class GraphRecipe:
 
     rules: Rules = ()
     dtype: Literal["float32", "float16"] = "float32"
+
+    @property
+    def accuracy_level(self) -> int:
+        """How MatMulNBits multiplies: in float16 as a GPU does where the graph is for one, in int8 on processors."""
+        return 0 if self.dtype == "float16" else ACCURACY_LEVEL
 
     def scheme_for(self, weight_name: str) -> Scheme | None:
         return next((scheme for pattern, scheme in self.rules if fnmatchcase(weight_name, pattern)), None)
@@ -96,7 +101,9 @@ class Recipe:
         """Return the recipe as it is written into the manifest."""
         summary: dict[str, str | int | float | bool] = {"name": self.name}
         if any(isinstance(scheme, Blocks) for _, scheme in self.graph.rules):
-            summary["accuracy_level"] = ACCURACY_LEVEL
+            summary["accuracy_level"] = self.graph.accuracy_level
+        if self.graph.rules and self.graph.dtype != "float32":
+            summary["activations"] = self.graph.dtype
         summary |= {pattern: str(scheme) for pattern, scheme in self.graph.rules}
         if self.prefill is not None:
             summary |= {f"prefill {pattern}": str(scheme) for pattern, scheme in self.prefill.rules}
@@ -141,6 +148,7 @@ _ALL = (
     Recipe("int4-blocks64", "int4", GraphRecipe(_INT4_BLOCKS64)),
     Recipe("int4-uniform", "int4", GraphRecipe((*ROTARY, ("*", INT4)))),
     Recipe("int4-nearest", "int4", GraphRecipe((*ROTARY, ("*", INT4_NEAREST)))),
+    Recipe("int4-fp16", "int4", GraphRecipe((*ROTARY, ("*", INT4)), dtype="float16")),
     Recipe("int4-cache8", "int4", GraphRecipe(_INT4), has_int8_cache=True),
     Recipe("hybrid", "hybrid", GraphRecipe(_INT4), _BATCHES, has_int8_cache=True),
     Recipe("hybrid-cache32", "hybrid", GraphRecipe(_INT4), _BATCHES),

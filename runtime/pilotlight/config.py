@@ -21,7 +21,7 @@ T = TypeVar("T", bound=msgspec.Struct)
 FUNCTION_NAME = r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}"
 OTHER_VARIABLES = ("PILOTLIGHT_ARTIFACT", "PILOTLIGHT_CONFIG", "PILOTLIGHT_INVOKE_MODE", "PILOTLIGHT_LEDGER_TABLE")
 """Read by the serverless entry points, which have no command line."""
-TABLES = ("host", "functions", "events", "confidential")
+TABLES = ("host", "functions", "events", "confidential", "modal")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -62,6 +62,8 @@ class FunctionSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``metering.prices``, in one table or in several with a ``valid_from``; ``replica_cost_per_hour`` is in their
     currency. What scales and sleeps is described in docs/host.md. ``unseal`` says where the key of a sealed artifact
     comes from, see ``confidential.key_release``.
+    With the ``provider`` "cuda" the model runs on a GPU, where slots and context shrink to what fits into
+    ``hbm_budget_mb`` of its memory; 0 means most of what is free at the start.
     """
 
     artifact: str
@@ -76,6 +78,8 @@ class FunctionSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     share_prefixes: bool = False
     speculation: Literal["auto", "off"] = "auto"
     num_threads: Positive | None = None
+    provider: Literal["cpu", "cuda"] = "cpu"
+    hbm_budget_mb: Annotated[int, Meta(ge=0)] = 0
     max_duration_s: Annotated[float, Meta(gt=0, le=86400)] = 3600.0
     min_replicas: Annotated[int, Meta(ge=0, le=256)] = 0
     max_replicas: Annotated[int, Meta(ge=1, le=256)] = 1
@@ -119,6 +123,29 @@ class ConfidentialSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=Tr
 NOT_CONFIDENTIAL = ConfidentialSettings()
 
 
+class ModalSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``[modal]``: what Modal is asked for, beside what ``[host]`` and the function say already. See docs/modal.md.
+
+    The first of ``gpu`` that is free is taken; with the provider "cpu" none is asked for. ``secrets`` are names of
+    Modal secrets whose variables the function sees. ``routing_region`` is where requests come in,
+    ``compute_regions`` are where containers may run; none means anywhere.
+    """
+
+    app: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")] = "pilotlight"
+    gpu: tuple[str, ...] = ("L4", "A10", "L40S")
+    cpu: Annotated[float, Meta(gt=0)] = 4.0
+    memory_mb: Positive = 8192
+    volume: str = "pilotlight-artifacts"
+    secrets: tuple[str, ...] = ()
+    startup_timeout_s: Positive = 300
+    buffer_containers: Annotated[int, Meta(ge=0)] = 0
+    routing_region: Annotated[str, Meta(min_length=1)] = "us-east"
+    compute_regions: tuple[str, ...] = ()
+    memory_snapshot: bool = True
+    gpu_snapshot: bool = False
+    unauthenticated: bool = False
+
+
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """All of ``pilotlight.toml``."""
 
@@ -126,6 +153,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     functions: dict[str, FunctionSettings] = {}
     events: EventSettings | None = None
     confidential: ConfidentialSettings = NOT_CONFIDENTIAL
+    modal: ModalSettings = ModalSettings()
 
 
 def load_settings(path: Path | None, environment: Mapping[str, str] = os.environ, **options: object) -> Settings:
@@ -149,7 +177,8 @@ def load_settings(path: Path | None, environment: Mapping[str, str] = os.environ
     }
     events = _parse(content["events"], EventSettings, origin, "events") if "events" in content else None
     confidential = _parse(content.get("confidential", {}), ConfidentialSettings, origin, "confidential")
-    return Settings(host, functions, events, confidential)
+    modal = _parse(content.get("modal", {}), ModalSettings, origin, "modal")
+    return Settings(host, functions, events, confidential, modal)
 
 
 def _read(path: Path) -> dict[str, Any]:

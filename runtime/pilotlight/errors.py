@@ -25,6 +25,7 @@
     │   ├── LedgerUnavailable
     │   ├── ResponseStoreUnavailable
     │   ├── EvidenceUnavailable
+    │   ├── OutOfMemory
     │   └── Draining
     └── EngineError                  500, raised from its cause
 
@@ -264,6 +265,15 @@ class EvidenceUnavailable(CapacityError):
     """The hardware that attests, or what stands before it, gave no evidence."""
 
     code = "evidence_unavailable"
+
+
+class OutOfMemory(CapacityError):
+    """A device had no memory left for a run, though nothing ran beside it."""
+
+    code = "out_of_memory"
+
+    def __init__(self, retry_after_s: float = 5.0) -> None:
+        super().__init__("there is not enough memory on the device at present", retry_after_s)
 
 
 class Draining(CapacityError):

@@ -34,6 +34,7 @@ from pilotlight.errors import (
     EngineError,
     InvalidRequest,
     LedgerUnavailable,
+    OutOfMemory,
     PilotlightError,
     RequestIdInUse,
     StartFailed,
@@ -47,7 +48,7 @@ from pilotlight.metering.record import Admission, Capacity, UsageRecord, final_r
 from pilotlight.metering.usage import Timings, Usage
 from pilotlight.request import Continuation, FinishReason, SamplingParams, Sequence, Signals, Start, TokenEvent
 from pilotlight.tee import TeeLabel
-from pilotlight.text.chat_template import load_chat_template
+from pilotlight.text.chat_template import ChatTemplate, load_chat_template
 from pilotlight.text.detokenizer import TextStream
 from pilotlight.text.grammar import check_grammar
 from pilotlight.text.tokenizer import Tokenizer
@@ -293,6 +294,7 @@ class _Progress:
     num_migrations: int = 0
     retry_after_s: float | None = None
     prompt_is_paid: bool = False
+    out_of_memory_retry_s: float | None = None
 
     def count(self, event: TokenEvent) -> None:
         """Count one token of any choice."""
@@ -346,6 +348,25 @@ class _Progress:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """How an artifact's texts become tokens: what of a function needs neither a ledger nor a backend."""
+
+    tokenizer: Tokenizer
+    template: ChatTemplate
+
+    @classmethod
+    def of(cls, artifact: Artifact) -> Texts:
+        """Load them.
+
+        Raises:
+            ArtifactError: a file of the artifact cannot be read as what it should be.
+        """
+        tokenizer = Tokenizer.of(artifact)
+        special_tokens = artifact.manifest.special_tokens
+        return cls(tokenizer, load_chat_template(artifact, tokenizer.special_texts(special_tokens)))
+
+
 class Function:
     """An artifact's text side, its backend and its meter, under the name that clients call ``model``."""
 
@@ -362,6 +383,8 @@ class Function:
         capacity: Capacity = Capacity.ON_DEMAND,
         tee: TeeLabel = TeeLabel.NONE,
         observer: Observer | None = None,
+        texts: Texts | None = None,
+        provider: str = "cpu",
     ) -> None:
         self.name = name
         self.artifact = artifact
@@ -375,11 +398,11 @@ class Function:
         self.replica_id = _new_replica_id(name)
         self._ledger = ledger
         self._observer: Observer = observer or _Unobserved()
-        self._tokenizer = Tokenizer.of(artifact)
-        special_tokens = artifact.manifest.special_tokens
-        self._template = load_chat_template(artifact, self._tokenizer.special_texts(special_tokens))
+        self._provider = provider
+        texts = texts or Texts.of(artifact)
+        self._tokenizer, self._template = texts.tokenizer, texts.template
         self._default_sampling = _default_sampling(artifact)
-        self._stop_ids = frozenset(special_tokens.eos_ids)
+        self._stop_ids = frozenset(artifact.manifest.special_tokens.eos_ids)
         self.cold_start_ms = 0.0
         self._cold_start_to_report_ms = 0.0
         self._running: dict[str, Invocation] = {}
@@ -656,6 +679,8 @@ class Function:
             return refusal
         if progress.finish is FinishReason.ERROR and progress.retry_after_s is not None:
             return StartFailed(progress.stop_detail or "", progress.retry_after_s)
+        if progress.finish is FinishReason.ERROR and progress.out_of_memory_retry_s is not None:
+            return OutOfMemory(progress.out_of_memory_retry_s)
         if progress.finish is FinishReason.ERROR:
             return EngineError("the model run failed; what was generated until then is metered")
         return None
@@ -701,6 +726,7 @@ class Function:
         elif event.finish is not None:
             stream.finish, stream.stop_detail = event.finish, event.error
             progress.retry_after_s = event.retry_after_s
+            progress.out_of_memory_retry_s = event.out_of_memory_retry_s
 
     def _note(self, invocation: Invocation, progress: _Progress) -> bool:
         """Note a token before it is delivered, and return whether it may be.
@@ -775,7 +801,7 @@ class Function:
             function=self.name,
             artifact_digest=self.artifact.digest,
             precision=self.artifact.manifest.precision,
-            provider="cpu",
+            provider=self._provider,
             replica_id=self.replica_id,
             started_at_utc=started_at_utc,
             prices=prices,

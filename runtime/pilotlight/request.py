@@ -113,7 +113,7 @@ class TokenEvent(msgspec.Struct, frozen=True, array_like=True, gc=False):
     The event with a ``finish`` is the last one of its sequence. ``prefill_started_at`` is set on the first token. Where
     a sequence was moved or had to make room, the next event says how many tokens were computed again. So many of its
     prompt's as ``num_cached_tokens`` on the first token were not computed at all.
-    ``retry_after_s`` goes with an error that may be over by then.
+    ``retry_after_s`` goes with a start that failed and may do better by then, ``out_of_memory_retry_s`` with a run.
     """
 
     token_id: int | None
@@ -123,6 +123,7 @@ class TokenEvent(msgspec.Struct, frozen=True, array_like=True, gc=False):
     error: str | None = None
     logprobs: TokenLogprobs | None = None
     retry_after_s: float | None = None
+    out_of_memory_retry_s: float | None = None
     replica_id: str | None = None
     start: Start | None = None
     num_recomputed_tokens: int = 0

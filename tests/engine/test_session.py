@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import queue
 import random
-from collections.abc import Iterable
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -16,8 +14,8 @@ from tokenizers import Tokenizer
 
 from conftest import DEMO_MODEL
 from corpus import TASKS, held_out_turns, training_turns
+from engine_support import generate
 from pilotlight.artifact import Artifact
-from pilotlight.engine.engine import Engine, Event
 from pilotlight.engine.policy import Policy
 from pilotlight.engine.session import OnnxSession
 from pilotlight.request import SamplingParams, Sequence
@@ -26,7 +24,6 @@ pytestmark = pytest.mark.model
 
 CONTEXT = 512
 TURN_END = 2
-CHUNKS_OF_64 = Policy(max_chunk_tokens=64)
 NUM_THREADS = len(os.sched_getaffinity(0))
 
 
@@ -50,43 +47,6 @@ def prompts(demo_fp32: Artifact) -> list[list[int]]:
 
 def chat(question: str) -> str:
     return f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
-
-
-def generate(
-    session: OnnxSession, sequences: list[Sequence], joins: Iterable[int] = (), policy: Policy = CHUNKS_OF_64
-) -> dict[str, list[int]]:
-    """Run sequences through an engine; ``joins`` says how many tokens to wait for before each submission."""
-    events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-
-    def emit(step: list[Event]) -> None:
-        for event in step:
-            events.put(event)
-
-    engine = Engine(session, emit, policy)
-    engine.start()
-    tokens: dict[str, list[int]] = {sequence.id: [] for sequence in sequences}
-    pauses = iter(joins)
-    running = 0
-
-    def receive() -> int:
-        name, event = events.get(timeout=60)
-        assert event.error is None
-        if event.token_id is not None:
-            tokens[name].append(event.token_id)
-        return 1 if event.finish else 0
-
-    try:
-        for sequence in sequences:
-            engine.submit(sequence)
-            running += 1
-            for _ in range(next(pauses, 0)):
-                if running:
-                    running -= receive()
-        while running:
-            running -= receive()
-    finally:
-        engine.close()
-    return tokens
 
 
 def greedy(name: str, prompt: list[int], max_new_tokens: int, stop_ids: frozenset[int]) -> Sequence:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Protocol
 
@@ -35,6 +36,28 @@ GAUGES: dict[str, tuple[str, Callable[[Signals], float]]] = {
     "pilotlight_speculation_drafted_tokens": ("Tokens guessed and computed.", lambda s: s.num_drafted_tokens),
     "pilotlight_speculation_accepted_tokens": ("Guessed tokens that came true.", lambda s: s.num_accepted_tokens),
     "pilotlight_kv_reserved_bytes": ("KV cache allocated.", lambda s: s.kv_reserved_bytes),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class HbmUse:
+    """A GPU's memory: what its driver says of all of it, and what a function's part of it is for."""
+
+    used_bytes: int
+    total_bytes: int
+    weights_bytes: int
+    kv_reserved_bytes: int
+    kv_used_bytes: int
+    workspace_bytes: int
+
+
+HBM_GAUGES: dict[str, tuple[str, Callable[[HbmUse], int]]] = {
+    "pilotlight_hbm_used_bytes": ("GPU memory in use, by anyone.", lambda h: h.used_bytes),
+    "pilotlight_hbm_total_bytes": ("GPU memory.", lambda h: h.total_bytes),
+    "pilotlight_hbm_weights_bytes": ("GPU memory of weights.", lambda h: h.weights_bytes),
+    "pilotlight_hbm_kv_reserved_bytes": ("GPU memory allocated for the KV cache.", lambda h: h.kv_reserved_bytes),
+    "pilotlight_hbm_kv_used_bytes": ("GPU memory of cached tokens.", lambda h: h.kv_used_bytes),
+    "pilotlight_hbm_workspace_bytes": ("GPU memory that runs may take.", lambda h: h.workspace_bytes),
 }
 
 
@@ -112,6 +135,10 @@ class Metrics:
         """Report the gauges of these functions from now on."""
         self._registry.register(_Gauges(functions))
 
+    def watch_hbm(self, function: str, use: Callable[[], HbmUse]) -> None:
+        """Report how the GPU's memory is used; ``use`` is called whenever that is asked for."""
+        self._registry.register(_HbmGauges(function, use))
+
     def render(self) -> bytes:
         """Return the text exposition format."""
         return generate_latest(self._registry)
@@ -156,4 +183,17 @@ class _Gauges(Collector):
             family = GaugeMetricFamily(name, description, labels=["function"])
             for function, of_function in signals.items():
                 family.add_metric([function], value(of_function))
+            yield family
+
+
+class _HbmGauges(Collector):
+    def __init__(self, function: str, use: Callable[[], HbmUse]) -> None:
+        self._function = function
+        self._use = use
+
+    def collect(self) -> Iterable[Metric]:
+        use = self._use()
+        for name, (description, value) in HBM_GAUGES.items():
+            family = GaugeMetricFamily(name, description, labels=["function"])
+            family.add_metric([self._function], value(use))
             yield family

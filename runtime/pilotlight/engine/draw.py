@@ -30,9 +30,15 @@ BLOCK = 256
 
 def draw(logits: Floats, params: SamplingParams, random: Callable[[int], float]) -> int:
     """Return a token of the row's distribution, by the random numbers of its trials 0, 1, …"""
-    peak = logits.max()
-    ids = np.sort(likeliest(logits, params.top_k)) if 0 < params.top_k < len(logits) else None
-    weights: Weights = np.exp(((logits if ids is None else logits[ids]) - peak) / np.float32(params.temperature))
+    if 0 < params.top_k < len(logits):
+        ids = np.sort(likeliest(logits, params.top_k))
+        return draw_among(ids, logits[ids], params, random)
+    return draw_among(None, logits, params, random)
+
+
+def draw_among(ids: Ids | None, logits: Floats, params: SamplingParams, random: Callable[[int], float]) -> int:
+    """Return one of ``ids`` [K], in ascending order and with their logits [K]; None stands for the whole row."""
+    weights: Weights = np.exp((logits - logits.max()) / np.float32(params.temperature))
     mass = params.top_p * float(weights.sum(dtype=np.float64))
     if params.min_p > 0.0:
         ids, weights = _only(weights >= params.min_p, ids, weights)

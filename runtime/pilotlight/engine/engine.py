@@ -12,16 +12,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pilotlight.engine.device_logits import DeviceLogits, choose
 from pilotlight.engine.grammar import Grammars, GrammarState
 from pilotlight.engine.logprobs import keep_asked, token_logprobs
 from pilotlight.engine.pace import Pace
 from pilotlight.engine.policy import DEFAULT_POLICY, Policy
-from pilotlight.engine.sampler import SamplingRow, sample
+from pilotlight.engine.sampler import SamplingRow
 from pilotlight.engine.scheduler import Active, PrefillChunk, Scheduler, SlotMove, StepPlan
 from pilotlight.engine.session import Logits, Session
 from pilotlight.engine.speculation import Draft
 from pilotlight.engine.timeline import NO_TIMELINE, Timeline
-from pilotlight.errors import EngineError
+from pilotlight.errors import EngineError, OutOfMemory
 from pilotlight.request import FinishReason, Sequence, Signals, TokenEvent, TokenLogprobs
 
 Event = tuple[str, TokenEvent]
@@ -216,7 +217,12 @@ class Engine:
             results.append((plan.prefill.active, first, plan.prefill.active.finish))
         self._timeline.enter("commit")
         now = time.monotonic()
-        return [self._event(active, chosen, finish, now) for active, chosen, finish in results if chosen is not None]
+        sheds = self._scheduler.num_in_slots > 1 and any(isinstance(chosen, OutOfMemory) for _, chosen, _ in results)
+        said = [one for one in results if one[1] is not None and not (sheds and isinstance(one[1], OutOfMemory))]
+        events = [self._event(active, chosen, finish, now) for active, chosen, finish in said if chosen is not None]
+        if sheds:
+            self._move(self._scheduler.shed())
+        return events
 
     def _committed(self, active: Active, chosen: Outcome) -> Result:
         """Commit what a decode run gave a sequence, and say whether it ends by it."""
@@ -233,6 +239,7 @@ class Engine:
         active = plan.decode[slot]
         results: list[Result] = []
         self._timeline.enter("bind")
+        masks = None
         try:
             masks = self._find_banned([active])
             token_ids = np.array([active.next_token, *draft], np.int64)
@@ -246,6 +253,7 @@ class Engine:
                     break
                 masks = self._find_banned([active])
         except Exception as error:  # noqa: BLE001 - a failed run must end its sequences, not the engine
+            _wait_for(masks)
             results.append((active, error, None))
         self._scheduler.count_drafted(len(draft), max(0, len(results) - 1))
         return results
@@ -257,6 +265,7 @@ class Engine:
         if plan.padding is not None:
             tokens.append(0)
             pasts.append(plan.padding)
+        masks = None
         try:
             masks = self._find_banned([active for active in plan.decode if not active.replays])
             logits = self._session.decode(np.array(tokens, np.int64), np.array(pasts, np.int64), plan.graph)
@@ -264,11 +273,13 @@ class Engine:
             self._pace.observe_decode(plan.graph, len(tokens), self._session.run_s)
             return self._sample_new(logits[: len(plan.decode)], plan.decode, masks)
         except Exception as error:  # noqa: BLE001 - a failed run must end its sequences, not the engine
+            _wait_for(masks)
             return [error] * len(plan.decode)
 
     def _prefill(self, chunk: PrefillChunk) -> Outcome:
         self._prefill_started_at.setdefault(chunk.active.sequence.id, time.monotonic())
         self._timeline.enter("bind")
+        masks = None
         try:
             masks = self._find_banned([chunk.active]) if chunk.gives_token else None
             logits = self._session.prefill(chunk.slot, np.array(chunk.token_ids, np.int64), chunk.past_tokens)
@@ -278,6 +289,7 @@ class Engine:
             self._keep_prefix(chunk)
             return self._sample(logits, (chunk.active,), masks)[0] if chunk.gives_token else None
         except Exception as error:  # noqa: BLE001 - as above
+            _wait_for(masks)
             return error
 
     def _find_banned(self, actives: list[Active]) -> Future[None] | None:
@@ -296,7 +308,9 @@ class Engine:
                 return
             prefixes.add(keys, index, held)
 
-    def _sample_new(self, logits: Logits, actives: tuple[Active, ...], masks: Future[None] | None) -> Items[Outcome]:
+    def _sample_new(
+        self, logits: Logits | DeviceLogits, actives: tuple[Active, ...], masks: Future[None] | None
+    ) -> Items[Outcome]:
         """Sample for those whose next token is not known yet."""
         if not any(active.replays for active in actives):
             return self._sample(logits, actives, masks)
@@ -309,7 +323,7 @@ class Engine:
         return outcomes
 
     def _sample(
-        self, logits: Logits, actives: tuple[Active, ...], masks: Future[None] | None
+        self, logits: Logits | DeviceLogits, actives: tuple[Active, ...], masks: Future[None] | None
     ) -> list[Chosen | Exception]:
         self._timeline.enter("sample")
         if masks is not None:
@@ -317,7 +331,7 @@ class Engine:
         rows = [self._sampling_row(active, logits.shape[1]) for active in actives]
         nums_top = [active.sequence.num_top_logprobs for active in actives]
         kept = keep_asked(logits, nums_top)
-        token_ids: list[int] = sample(logits, rows).tolist()
+        token_ids: list[int] = choose(logits, rows).tolist()
         chosen: list[Chosen] = [
             (token_id, None if row is None else token_logprobs(row, token_id, num_top or 0))
             for token_id, row, num_top in zip(token_ids, kept, nums_top, strict=True)
@@ -345,7 +359,9 @@ class Engine:
     def _event(self, active: Active, chosen: Chosen | Exception, finish: FinishReason | None, now: float) -> Event:
         if isinstance(chosen, Exception):
             failure = f"{type(chosen).__name__}: {chosen}"
-            return self._end(active, TokenEvent(None, now, FinishReason.ERROR, error=failure))
+            retry_after_s = chosen.retry_after_s if isinstance(chosen, OutOfMemory) else None
+            lost = TokenEvent(None, now, FinishReason.ERROR, error=failure, out_of_memory_retry_s=retry_after_s)
+            return self._end(active, lost)
         is_first = active.num_generated == len(active.sequence.emitted_ids) + 1
         started_at = self._prefill_started_at[active.sequence.id] if is_first else None
         token_id, logprobs = chosen
@@ -376,3 +392,9 @@ class Engine:
     def _measure(self) -> Signals:
         session = self._session
         return self._scheduler.signals(session.kv_bytes_per_token, session.max_context_tokens, len(self._compiling))
+
+
+def _wait_for(masks: Future[None] | None) -> None:
+    """Let a step's masks be done: the sequences may go on, and the next step's are written to the same place."""
+    if masks is not None:
+        masks.exception()

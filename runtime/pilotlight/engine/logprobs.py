@@ -11,12 +11,13 @@ from collections.abc import Sequence as Rows
 import numpy as np
 from numpy.typing import NDArray
 
+from pilotlight.engine.device_logits import DeviceLogits
 from pilotlight.request import TokenLogprobs
 
 Floats = NDArray[np.float32]
 
 
-def keep_asked(logits: Floats, nums_top: Rows[int | None]) -> list[Floats | None]:
+def keep_asked(logits: Floats | DeviceLogits, nums_top: Rows[int | None]) -> list[Floats | None]:
     """Return a copy of the rows [V] of ``logits`` [N, V] whose number of top tokens is not None."""
     return [None if num_top is None else logits[row].copy() for row, num_top in enumerate(nums_top)]
 

@@ -19,6 +19,9 @@ from pilotlight.engine.prefix_cache import Block, PrefixCache
 from pilotlight.engine.speculation import MAX_DRAFTING_ROWS, Draft, PromptLookup, drafts_that_pay
 from pilotlight.request import FinishReason, Sequence, Signals
 
+CALM_STEPS = 64
+"""After so many steps twice as many sequences are admitted as a device had memory for."""
+
 HEADROOM_STEPS = 16
 """What is admitted finds room in the cache for so many steps of everybody, or it would be preempted again at once."""
 
@@ -171,6 +174,8 @@ class Scheduler:
         self.prefilling: Active | None = None
         self.num_preemptions = 0
         self.num_drafted_tokens = self.num_accepted_tokens = 0
+        self.max_in_slots = num_slots
+        self._num_calm_steps = 0
         self._num_admitted = 0
 
     def __len__(self) -> int:
@@ -232,6 +237,7 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """Decide the next step: who has to make room, who is admitted, and what runs."""
         moves = self._make_room()
+        self._regain()
         reuse = self._admit()
         num_rows = len(self.running)
         padding = None
@@ -315,7 +321,7 @@ class Scheduler:
 
     def _admit(self) -> tuple[Block, ...]:
         """Admit the sequence whose turn it is, when a slot is free, no prompt is half done, and the cache has room."""
-        if self.prefilling is not None or len(self.running) >= self.num_slots:
+        if self.prefilling is not None or len(self.running) >= self.max_in_slots:
             return ()
         active = self.waiting.peek()
         if active is None or not self._has_room(active):
@@ -349,6 +355,22 @@ class Scheduler:
             return True
         growth = HEADROOM_STEPS * (len(self.running) + 1)
         return self.num_committed_tokens + len(active.tokens) + growth <= self.policy.kv_budget_tokens
+
+    def shed(self) -> list[SlotMove]:
+        """Send the younger half in slots back to their queues, for want of memory, and admit no more for a while."""
+        self.max_in_slots = max(1, self.num_in_slots // 2)
+        self._num_calm_steps = 0
+        moves: list[SlotMove] = []
+        while self.num_in_slots > self.max_in_slots:
+            moves += self._preempt()
+        return moves
+
+    def _regain(self) -> None:
+        """Have room for twice as many now and then, until all slots are used again."""
+        if self.max_in_slots < self.num_slots:
+            self._num_calm_steps += 1
+            if self._num_calm_steps >= CALM_STEPS:
+                self.max_in_slots, self._num_calm_steps = min(2 * self.max_in_slots, self.num_slots), 0
 
     def _make_room(self) -> list[SlotMove]:
         moves: list[SlotMove] = []

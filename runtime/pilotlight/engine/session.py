@@ -18,6 +18,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from pilotlight.artifact import BATCH_GRAPH, GRAPH, KV_SCALES, PREFILL_GRAPH, WEIGHTS, Artifact, Manifest, Shapes
+from pilotlight.engine.device_logits import DeviceLogits
 from pilotlight.engine.graph_cache import GraphCache
 from pilotlight.engine.pace import DecodeGraph
 from pilotlight.engine.prefix_cache import Held
@@ -48,16 +49,18 @@ class Session(Protocol):
     run_s: float
     """How long the last prefill or decode was inside the graph."""
 
-    def prefill(self, slot: int, token_ids: Ids, past_tokens: int) -> Logits:
+    def prefill(self, slot: int, token_ids: Ids, past_tokens: int) -> Logits | DeviceLogits:
         """Run a chunk [T] of one slot's prompt behind its ``past_tokens``; return the last position's logits [1, V]."""
 
-    def decode(self, token_ids: Ids, past_tokens: Ids, graph: DecodeGraph = DecodeGraph.MAIN) -> Logits:
+    def decode(self, token_ids: Ids, past_tokens: Ids, graph: DecodeGraph = DecodeGraph.MAIN) -> Logits | DeviceLogits:
         """Run one token [B] for each of the first B slots, each behind its own past [B]; return logits [B, V].
 
         A session without a batch graph runs everything on its main one.
         """
 
-    def verify(self, slot: int, token_ids: Ids, past_tokens: int, graph: DecodeGraph = DecodeGraph.MAIN) -> Logits:
+    def verify(
+        self, slot: int, token_ids: Ids, past_tokens: int, graph: DecodeGraph = DecodeGraph.MAIN
+    ) -> Logits | DeviceLogits:
         """Run an answer's next tokens [T] of one slot behind its ``past_tokens``; return the logits [T, V] of each."""
 
     def move(self, source: int, target: int, num_tokens: int) -> None:

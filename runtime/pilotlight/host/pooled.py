@@ -9,6 +9,7 @@ from pilotlight.api.metrics import Metrics
 from pilotlight.artifact import Artifact
 from pilotlight.config import NOT_CONFIDENTIAL, ConfidentialSettings, FunctionSettings, HostSettings
 from pilotlight.engine.policy import Policy as EnginePolicy
+from pilotlight.errors import ConfigError
 from pilotlight.function import Function, UsageLedger
 from pilotlight.host.autoscaler import Policy
 from pilotlight.host.link import Launcher
@@ -44,6 +45,10 @@ def open_pooled(name: str, settings: FunctionSettings, around: Surroundings) -> 
         ArtifactError: the artifact is damaged.
         ConfigError: a setting does not fit the artifact.
     """
+    if settings.provider != "cpu":
+        raise ConfigError(
+            f"functions.{name}.provider is {settings.provider!r}; replicas run on processors (GPUs: docs/modal.md)"
+        )
     prices = PriceSchedule.from_config(settings.prices, f"functions.{name}.prices")
     artifact = open_for(name, settings, around.confidential)
     around.verified.verify(artifact)

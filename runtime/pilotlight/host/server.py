@@ -62,7 +62,7 @@ async def _serve(settings: Settings, on_ready: OnReady) -> None:
     attester = open_attester(settings, *(() if encryption is None else (encryption.public_key,)))
     with (
         _bind(settings.host) as listener,
-        open_ledger(ledger_at, _signer(settings.host), settings.host.cache_dir) as ledger,
+        open_ledger(ledger_at, signer_of(settings.host), settings.host.cache_dir) as ledger,
         Keyring(ledger_at) as keyring,
         ResponseStore.open(settings.host) as responses,
     ):
@@ -77,7 +77,7 @@ async def _serve(settings: Settings, on_ready: OnReady) -> None:
         functions = Deployments()
         control = HostControl(functions, around, launcher)
         ticks: asyncio.Task[None] | None = None
-        kept_answers = _kept_answers(host, ledger)
+        kept_answers = kept_answers_for(host, ledger)
         meter = ReplicaMeter(ledger)
         clerks: list[asyncio.Task[None]] = []
         try:
@@ -168,11 +168,13 @@ def _meter_replicas(meter: ReplicaMeter, name: str, settings: FunctionSettings, 
         meter.watch(rate, lambda: [Seen(replica.id, bool(replica.entries)) for replica in deployment.replicas])
 
 
-def _signer(host: HostSettings) -> Signer | None:
+def signer_of(host: HostSettings) -> Signer | None:
+    """Return what signs usage records, where the settings name a key."""
     return Signer.from_file(Path(host.signing_key)) if host.signing_key else None
 
 
-def _kept_answers(host: HostSettings, ledger: SqlLedger) -> KeptAnswers:
+def kept_answers_for(host: HostSettings, ledger: SqlLedger) -> KeptAnswers:
+    """Return what keeps answers for clients that come back, as the settings say."""
     return KeptAnswers(
         ledger,
         host.resume_window_s,
