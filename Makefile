@@ -44,6 +44,16 @@ bench: $(VENV)/ready  ## measure speed beside the peers that are installed (benc
 	@$(PIP) install --editable '.[bench]'
 	@$(BIN)/python bench/run.py $(BENCH_ARGS)
 
+gpu-check: $(VENV)/ready  ## check and measure this machine's NVIDIA GPU; without one, say so (GPU_ARGS="--models demo")
+	@$(BIN)/python bench/gpu_check.py $(GPU_ARGS)
+
+deploy-modal: $(VENV)/ready  ## build the wheel, put the artifact of pilotlight.toml on a Modal volume, and deploy (docs/modal.md)
+	@$(PIP) install --editable '.[modal]'
+	@rm -rf dist/modal
+	@$(PIP) wheel --no-deps --wheel-dir dist/modal .
+	@$(BIN)/modal run functions/modal_app/app.py::upload
+	@$(BIN)/modal deploy functions/modal_app/app.py
+
 demo-model: $(VENV)/ready  ## train the demo model again from nothing (about an hour on 2 cores)
 	@$(BIN)/python models/demo/train.py
 
@@ -77,4 +87,4 @@ $(VENV)/ready: pyproject.toml
 	@$(PIP) install --editable '.[cpu,export,dev]'
 	@touch $@
 
-.PHONY: help demo test soak check export bench demo-model package clean
+.PHONY: help demo test soak check export bench gpu-check deploy-modal demo-model package clean

@@ -81,6 +81,13 @@ SHAPES = {
 }
 
 
+GPU_SHAPES = {
+    **SHAPES,
+    "llama-3.2-1b": Shape("llama-3.2-1b", "LlamaForCausalLM", "llama", 2048, 8192, 16, 32, 8, 128256, qkv_bias=False),
+}
+"""What is worth measuring on a GPU."""
+
+
 def write_model(shape: Shape, directory: Path) -> Path:
     """Write a model directory with random weights and a tokenizer of made-up words; it is complete or absent."""
     if (directory / "config.json").exists():
