@@ -9,6 +9,7 @@ Artifacts that are not in --artifacts are exported into it.
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -33,7 +34,7 @@ RANDOM_WEIGHTS_MAX_KL = "100"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Return the exit status: 0 when everything holds, or when there is no GPU."""
+    """Return the exit status: 0 when everything holds or there is no GPU, 1 when something fails, 2 for a bad setup."""
     args = _parser().parse_args(arguments)
     gpu = None
     if args.provider == "cuda":
@@ -41,8 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
             gpu = Gpu()
             check_provider("cuda")
         except (LookupError, PilotlightError) as reason:
-            print(f"gpu-check: skipped, {reason}")
-            return 0
+            return _without(reason)
     device = Device(args.provider, num_threads=args.threads)
     wanted = Wanted(
         device,
@@ -63,6 +63,15 @@ def main(arguments: list[str] | None = None) -> int:
     print(report.text())
     print(f"gpu-check: {as_json} and {as_text.name}")
     return 0 if report.holds else 1
+
+
+def _without(reason: Exception) -> int:
+    """Say why nothing can be checked: that is well where there is no GPU, and a fault where there is one."""
+    if shutil.which("nvidia-smi") is None:
+        print(f"gpu-check: skipped, {reason}")
+        return 0
+    print(f"gpu-check: there seems to be a GPU, but {reason}", file=sys.stderr)
+    return 2
 
 
 def _checked(model: str, precision: str, directory: Path, wanted: Wanted) -> Checked:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 import statistics
@@ -68,6 +69,7 @@ class Figures:
 def measure(artifact: Artifact, wanted: Wanted) -> Figures:
     """Measure an artifact; a fresh process tells the stages of its start."""
     start_ms = start_stages(artifact.path, wanted)
+    gc.collect()  # what an earlier artifact left on the device
     before = wanted.used_bytes()
     plan = plan_of(artifact, wanted)
     device = Device(wanted.device.kind, wanted.device.index, plan.arena_bytes, wanted.device.num_threads)

@@ -23,9 +23,19 @@ def test_without_a_gpu_it_is_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", None)
+    monkeypatch.setattr("shutil.which", lambda name: None)
     assert gpu_check.main(["--out", str(tmp_path)]) == 0
     assert capsys.readouterr().out == "gpu-check: skipped, nvidia-ml-py is not installed\n"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_gpu_that_cannot_be_used_is_no_missing_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    assert gpu_check.main(["--out", str(tmp_path)]) == 2
+    assert "there seems to be a GPU, but nvidia-ml-py is not installed" in capsys.readouterr().err
 
 
 @pytest.mark.model

@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 from pilotlight.artifact import open_artifact
-from pilotlight.config import FunctionSettings, HostSettings, ModalSettings, load_settings
+from pilotlight.config import FunctionSettings, HostSettings, ModalSettings, Settings, load_settings
 from pilotlight.errors import ConfigError
 from pilotlight.host.shelf import name_of
 from pilotlight.tee import TeeLabel, require_hardware
@@ -109,7 +109,7 @@ def load_deployment(environment: Mapping[str, str] = os.environ) -> Deployment:
     else:
         digest = open_artifact(Path(function.artifact)).digest
         placed = function.artifact
-    _check(path, function, settings.modal)
+    _check(path, function, settings)
     return Deployment(
         name,
         msgspec.structs.replace(function, artifact=placed),
@@ -120,9 +120,12 @@ def load_deployment(environment: Mapping[str, str] = os.environ) -> Deployment:
     )
 
 
-def _check(path: Path, function: FunctionSettings, modal: ModalSettings) -> None:
-    if function.provider == "cuda" and not modal.gpu:
+def _check(path: Path, function: FunctionSettings, settings: Settings) -> None:
+    if function.provider == "cuda" and not settings.modal.gpu:
         raise ConfigError(f"{path}: modal.gpu is empty; the provider 'cuda' needs at least one kind of GPU")
+    wanted = settings.confidential.encrypted_prompts
+    if wanted != "off":
+        raise ConfigError(f"{path}: confidential.encrypted_prompts is {wanted!r}; on Modal they are not supported")
 
 
 def _host(host: HostSettings, environment: Mapping[str, str]) -> HostSettings:

@@ -317,6 +317,7 @@ def test_a_container_comes_to_the_same_deployment(toy_artifact: Artifact, tmp_pa
         ('[functions.a]\nartifact="{path}"\n[modal]\ngpus=["L4"]\n', "unknown key modal.gpus"),
         ('[functions.a]\nartifact="{path}"\nprovider="tpu"\n', "functions.a.provider is 'tpu'"),
         ('[functions.a]\nartifact="{path}"\n[confidential]\nrequire_tee=true\n', "require_tee"),
+        ('[functions.a]\nartifact="{path}"\n[confidential]\nencrypted_prompts="accepted"\n', "encrypted_prompts"),
     ],
 )
 def test_what_cannot_be_deployed_is_named(toy_artifact: Artifact, tmp_path: Path, content: str, problem: str) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import msgspec
 import pytest
 
@@ -15,10 +18,12 @@ from pilotlight.api.metrics import Metrics
 from pilotlight.artifact import Artifact, KvLayout, Shapes
 from pilotlight.config import FunctionSettings, HostSettings
 from pilotlight.engine.fake import FakeSession
+from pilotlight.engine.hbm import SHARE_OF_FREE, Demand, kv_bytes_per_token, plan_hbm
 from pilotlight.engine.nvml import HbmReading
 from pilotlight.errors import ConfigError, OutOfMemory
 from pilotlight.host.gpu import Sized, size
 from pilotlight.host.inprocess import open_session, prepare
+from pilotlight.host.lone import LoneFunction
 from pilotlight.request import Signals
 from support import VOCAB_SIZE, serving
 
@@ -95,3 +100,42 @@ def test_a_request_without_memory_is_a_503_and_not_a_crash(toy_artifact: Artifac
             assert (await toy.complete(max_tokens=3)).status_code == 200
 
     asyncio.run(scenario())
+
+
+@pytest.mark.model
+def test_a_whole_function_on_a_gpu_but_for_the_provider(
+    demo_artifact: Callable[[str], Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the settings over the driver's free memory to slots, answers, refusals, metrics and the record."""
+    artifact = demo_artifact("fp16")
+    weights_and_workspace = plan_hbm(24 * GB, artifact, Demand(1, 256, 256, is_context_fixed=True)).arena_bytes
+    free = int((weights_and_workspace + 3.5 * 256 * kv_bytes_per_token(artifact)) / SHARE_OF_FREE)
+    monkeypatch.setattr("pilotlight.host.gpu.KIND", "cpu")
+    monkeypatch.setattr("pilotlight.host.gpu.Gpu", lambda: FakeGpu(free))
+    settings = FunctionSettings(
+        artifact=str(artifact.path), provider="cuda", num_slots=64, max_context_tokens=256, num_threads=1
+    )
+    host = HostSettings(ledger=str(tmp_path / "usage.db"))
+    prepared = prepare("demo", settings)
+    session = open_session(prepared, host)
+    assert session.num_slots in (2, 3)
+    function = LoneFunction(prepared, session, host)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        function.start(listener)
+        try:
+            url = f"http://127.0.0.1:{function.port}"
+            question = {"model": "demo", "messages": [{"role": "user", "content": "What is 47 plus 38?"}]}
+            answer = httpx.post(f"{url}/v1/chat/completions", json=question, timeout=60).json()
+            assert answer["choices"][0]["message"]["content"] == "85"
+            long = {"model": "demo", "prompt": [5] * 256}
+            refusal = httpx.post(f"{url}/v1/completions", json=long, timeout=60)
+            assert (refusal.status_code, refusal.json()["error"]["code"]) == (400, "context_length_exceeded")
+            text = httpx.get(f"{url}/metrics").text
+            values = dict(line.rsplit(" ", 1) for line in text.splitlines() if line.startswith("pilotlight_"))
+            assert float(values['pilotlight_hbm_total_bytes{function="demo"}']) == 24 * GB
+            reserved = 'pilotlight_kv_reserved_bytes{function="demo"}'
+            assert values['pilotlight_hbm_kv_reserved_bytes{function="demo"}'] == values[reserved]
+            record = httpx.get(f"{url}/v1/usage/{answer['id']}").json()
+            assert record["provider"] == "cuda"
+        finally:
+            function.stop(0)

@@ -76,8 +76,8 @@ class Device:
         options = {"device_id": str(self.index), "arena_extend_strategy": "kSameAsRequested"}
         if self.arena_bytes is not None:
             options["gpu_mem_limit"] = str(self.arena_bytes)
-        if captures:
-            options["enable_cuda_graph"] = "1"
+        if captures:  # and then nothing may run on the processor, which must not even be named
+            return [("CUDAExecutionProvider", {**options, "enable_cuda_graph": "1"})]
         return [("CUDAExecutionProvider", options), "CPUExecutionProvider"]
 
 

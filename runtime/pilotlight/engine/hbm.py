@@ -21,7 +21,8 @@ LOGIT_BYTES = 4 + 2 + 8
 """Float32 logits, the float16 ones that they are widened from, and an id beside each for picking the likeliest."""
 ATTENTION_SPLITS = 32
 """Decode attention over a long cache works in so many parts at most, each with a float32 result of its own."""
-FIXED_BYTES = 64 << 20
+FIXED_BYTES = 256 << 20
+"""The workspaces of CUDA's libraries, whatever the model."""
 
 
 @dataclass(frozen=True, slots=True)

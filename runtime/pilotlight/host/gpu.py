@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from pilotlight.api.metrics import HbmUse, Metrics
 from pilotlight.artifact import Artifact
 from pilotlight.config import FunctionSettings
-from pilotlight.engine.device import Device, DeviceSession
+from pilotlight.engine.device import Device, DeviceSession, Kind
 from pilotlight.engine.hbm import Demand, HbmPlan, plan_hbm
 from pilotlight.engine.nvml import Gpu
 from pilotlight.engine.session import Session
 from pilotlight.errors import ConfigError
 from pilotlight.function import Function
 from pilotlight.request import Signals
+
+KIND: Kind = "cuda"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +45,7 @@ class GpuSession(DeviceSession):
     def __init__(self, artifact: Artifact, sized: Sized, num_threads: int) -> None:
         self.sized = sized
         plan = sized.plan
-        device = Device("cuda", 0, plan.arena_bytes, num_threads)
+        device = Device(KIND, 0, plan.arena_bytes, num_threads)
         super().__init__(artifact, plan.num_slots, plan.max_context_tokens, device)
 
 
@@ -56,7 +58,7 @@ def open_on_gpu(
         ArtifactError: the artifact is not made for a GPU.
         ConfigError: there is no GPU, or it is too small.
     """
-    sized = size(name, settings, artifact, num_slots, max_context_tokens)
+    sized = size(name, settings, artifact, num_slots, max_context_tokens, lambda: Gpu())
     return GpuSession(artifact, sized, settings.num_threads or 1)
 
 
@@ -66,7 +68,7 @@ def size(
     artifact: Artifact,
     num_slots: int,
     max_context_tokens: int,
-    find_gpu: Callable[[], Gpu] = Gpu,
+    find_gpu: Callable[[], Gpu],
 ) -> Sized:
     """Share out the GPU's free memory.
 
