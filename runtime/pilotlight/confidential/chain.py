@@ -40,7 +40,7 @@ def load_pem(content: bytes) -> list[x509.Certificate]:
         return []
     _tolerate_serial_zero()
     try:
-        return x509.load_pem_x509_certificates(content)
+        return [_whole(certificate) for certificate in x509.load_pem_x509_certificates(content)]
     except DEFECTS as error:
         raise Refused(Problem.MALFORMED, f"the certificates cannot be read ({error})") from error
 
@@ -53,9 +53,16 @@ def load_der(content: bytes) -> x509.Certificate:
     """
     _tolerate_serial_zero()
     try:
-        return x509.load_der_x509_certificate(content)
+        return _whole(x509.load_der_x509_certificate(content))
     except DEFECTS as error:
         raise Refused(Problem.MALFORMED, f"a certificate cannot be read ({error})") from error
+
+
+def _whole(certificate: x509.Certificate) -> x509.Certificate:
+    """Read every part now: cryptography reads them when they are asked for, and a defect would come up anywhere."""
+    for part in (certificate.subject, certificate.issuer, certificate.extensions, certificate.public_key()):
+        del part
+    return certificate
 
 
 def fingerprint(certificate: x509.Certificate) -> str:

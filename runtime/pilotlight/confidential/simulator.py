@@ -31,13 +31,14 @@ from pilotlight.confidential.sev_snp import HARDWARE_ID_OID, OID, TCB_OIDS
 from pilotlight.confidential.snp_report import SnpReport
 from pilotlight.errors import ConfigError
 
-FAMILY = "Milan"
+FAMILIES = {"Milan": (0x19, 0x01), "Genoa": (0x19, 0x11), "Turin": (0x1A, 0x02)}
+"""CPUID family and model of a processor of each."""
 MEASUREMENT = hashlib.sha384(b"pilotlight simulator").digest()
 VALID_FROM = datetime(2020, 1, 1, tzinfo=UTC)
 VALID_UNTIL = datetime(2045, 1, 1, tzinfo=UTC)
-TCB = {"bootloader": 4, "tee": 0, "snp": 24, "microcode": 219}
+TCB = {"fmc": 1, "bootloader": 4, "tee": 0, "snp": 24, "microcode": 219}
 CHIP_ID = hashlib.sha512(b"pilotlight simulator").digest()
-_RSA_BITS = 3072
+_RSA_BITS = 2048
 _PSS = padding.PSS(mgf=padding.MGF1(SHA384()), salt_length=SHA384.digest_size)
 
 
@@ -51,14 +52,16 @@ class Simulator:
         self.root_fingerprint = chain.fingerprint(chain.load_pem(certificates)[-1])
 
     @classmethod
-    def create(cls, measurement: bytes = MEASUREMENT, valid_until: datetime = VALID_UNTIL) -> Simulator:
+    def create(
+        cls, measurement: bytes = MEASUREMENT, valid_until: datetime = VALID_UNTIL, family: str = "Milan"
+    ) -> Simulator:
         """Make a chip of a new root. The root's own private key is forgotten."""
         root_key, intermediate_key = (rsa.generate_private_key(65537, _RSA_BITS) for _ in range(2))
         key = ec.generate_private_key(ec.SECP384R1())
-        root = _authority(f"ARK-{FAMILY}", root_key.public_key(), f"ARK-{FAMILY}", root_key)
-        intermediate = _authority(f"SEV-{FAMILY}", intermediate_key.public_key(), f"ARK-{FAMILY}", root_key)
-        leaf = _leaf(key.public_key(), intermediate_key, valid_until)
-        return cls(key, _pem((leaf, intermediate, root)), _guest(measurement))
+        root = _authority(f"ARK-{family}", root_key.public_key(), f"ARK-{family}", root_key)
+        intermediate = _authority(f"SEV-{family}", intermediate_key.public_key(), f"ARK-{family}", root_key)
+        leaf = _leaf(key.public_key(), intermediate_key, valid_until, family)
+        return cls(key, _pem((leaf, intermediate, root)), _guest(measurement, family))
 
     @classmethod
     def open(cls, path: Path, measurement: bytes = MEASUREMENT) -> Simulator:
@@ -93,7 +96,7 @@ class Simulator:
             if not isinstance(key, ec.EllipticCurvePrivateKey):
                 raise ConfigError(f"{path}: holds no simulator")
             certificates = content[content.index(b"-----BEGIN CERTIFICATE-----") :]
-            return cls(key, certificates, _guest(measurement))
+            return cls(key, certificates, _guest(measurement, "Milan"))
         except (ValueError, TypeError, Refused) as error:
             raise ConfigError(f"{path}: holds no simulator ({error})") from error
 
@@ -103,11 +106,13 @@ class Simulator:
             file.write(private + self.certificates)
 
 
-def _guest(measurement: bytes) -> SnpReport:
-    tcb = sum(TCB[part] << 8 * place for place, part in enumerate(snp_report.TCB_PARTS[FAMILY]) if part is not None)
+def _guest(measurement: bytes, family: str) -> SnpReport:
+    tcb = sum(TCB[part] << 8 * place for place, part in enumerate(snp_report.TCB_PARTS[family]) if part is not None)
     return SnpReport(
         measurement=measurement,
-        chip_id=CHIP_ID,
+        cpu_family=FAMILIES[family][0],
+        cpu_model=FAMILIES[family][1],
+        chip_id=_hardware_id(family).ljust(64, b"\0"),
         report_id=os.urandom(32),
         current_tcb=tcb,
         reported_tcb=tcb,
@@ -126,20 +131,27 @@ def _authority(name: str, key: rsa.RSAPublicKey, issuer: str, issuer_key: rsa.RS
     return builder.sign(issuer_key, SHA384(), rsa_padding=_PSS)
 
 
-def _leaf(key: ec.EllipticCurvePublicKey, issuer_key: rsa.RSAPrivateKey, valid_until: datetime) -> x509.Certificate:
+def _leaf(
+    key: ec.EllipticCurvePublicKey, issuer_key: rsa.RSAPrivateKey, valid_until: datetime, family: str
+) -> x509.Certificate:
     """Return a VCEK with AMD's extensions. Its serial number is 1, since AMD's 0 is what libraries refuse to write."""
-    builder = _builder("SEV-VCEK", f"SEV-{FAMILY}", valid_until).public_key(key).serial_number(1)
-    for oid, value in _extensions():
+    builder = _builder("SEV-VCEK", f"SEV-{family}", valid_until).public_key(key).serial_number(1)
+    for oid, value in _extensions(family):
         builder = builder.add_extension(x509.UnrecognizedExtension(x509.ObjectIdentifier(oid), value), critical=False)
     return builder.sign(issuer_key, SHA384(), rsa_padding=_PSS)
 
 
-def _extensions() -> Iterable[tuple[str, bytes]]:
-    product = f"{FAMILY}-B0".encode()
+def _extensions(family: str) -> Iterable[tuple[str, bytes]]:
+    product = f"{family}-B0".encode()
     yield OID + "2", bytes((0x16, len(product))) + product
-    for part, version in TCB.items():
+    for part in filter(None, snp_report.TCB_PARTS[family]):
+        version = TCB[part]
         yield TCB_OIDS[part], b"\2\1" + bytes((version,)) if version < 0x80 else b"\2\2\0" + bytes((version,))
-    yield HARDWARE_ID_OID, CHIP_ID
+    yield HARDWARE_ID_OID, _hardware_id(family)
+
+
+def _hardware_id(family: str) -> bytes:
+    return CHIP_ID[:8] if family == "Turin" else CHIP_ID
 
 
 def _builder(name: str, issuer: str, valid_until: datetime) -> x509.CertificateBuilder:
