@@ -21,6 +21,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from confidential.test_nitro import aws
+from confidential.test_nvidia_gpu import ANY_GPU, machine, publisher
+from confidential.test_nvidia_gpu import roots as gpu_roots
+from confidential.test_sev_snp import chip
+from confidential.test_tokens import MAA, NRAS, microsoft_key, nvidia_key, token
+from confidential.test_tokens import roots as token_roots
 from evidence_files import VECTORS, Vector, evidence_file, utc
 from pilotlight.confidential import cbor, chain, rim, snp_report, spdm_report
 from pilotlight.confidential.appraisal import Appraisal, Evidence, Kind, MalformedEvidence, Policy, Refused
@@ -32,17 +38,11 @@ from pilotlight.confidential.simulated_gpu import report_bytes
 from pilotlight.confidential.sources import pem_of_table
 from pilotlight.confidential.verify import appraise
 from pilotlight.tee import TeeLabel
-from test_nitro import aws
-from test_nvidia_gpu import ANY_GPU, machine, publisher
-from test_nvidia_gpu import roots as gpu_roots
-from test_sev_snp import chip
-from test_tokens import MAA, NRAS, microsoft_key, nvidia_key, token
-from test_tokens import roots as token_roots
 
 NOW = utc("2026-11-01")
 ANYTHING = Policy(any_measurement=True, allow_debug=True)
 ANY_KIND = Policy(kinds=frozenset(Kind), any_measurement=True, allow_debug=True, device=ANY_GPU)
-QUICK, LONG = 25, 5_000
+QUICK, LONG = 15, 5_000
 EXACT = ("snp-milan", "snp-genoa", "nitro")
 """Evidence of which every bit counts: no mutation of it may be accepted."""
 
