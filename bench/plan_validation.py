@@ -29,7 +29,7 @@ from typing import Any
 
 import msgspec
 
-from http_client import Body, open_stream
+from http_client import Response, exchange
 from machine import describe_machine
 from pilotlight.config import FunctionSettings
 from pilotlight.host.bench import Bench
@@ -117,15 +117,11 @@ def replay(port: int, arrivals: list[Arrival]) -> tuple[list[float | None], floa
         due_at = begun_at + arrivals[number].at_s
         await asyncio.sleep(due_at - time.monotonic())
         sent_at = time.monotonic()
-        transport, body = await open_stream(port, "/v1/completions", prepared[number])
-        try:
-            status = await body.status
-        finally:
-            transport.close()
-        if status == 503:
+        response = await exchange(port, "/v1/completions", prepared[number])
+        if response.status == 503:
             return None, sent_at - due_at
-        assert status == 200, (status, body.pieces[:1])
-        return first_token_at(body) - sent_at, sent_at - due_at
+        assert response.status == 200, (response.status, response.pieces[:1])
+        return first_token_at(response) - sent_at, sent_at - due_at
 
     async def ask_all() -> list[tuple[float | None, float]]:
         begun_at = time.monotonic() + 0.5
@@ -135,8 +131,8 @@ def replay(port: int, arrivals: list[Arrival]) -> tuple[list[float | None], floa
     return [wait for wait, _ in answers], max(late for _, late in answers)
 
 
-def first_token_at(body: Body) -> float:
-    return next(at for at, piece in body.pieces if TTFT_BYTES in piece)
+def first_token_at(response: Response) -> float:
+    return next(at for at, piece in response.pieces if TTFT_BYTES in piece)
 
 
 @contextmanager

@@ -96,6 +96,7 @@ class Pilotlight:
                 f"[functions.bench]\nartifact = {json.dumps(str(model))}\nnum_slots = {setting.num_slots}\n"
                 f"num_threads = {setting.num_threads}\nmax_context_tokens = {setting.max_context_tokens}\n"
                 "prefix_cache_mb = 0\n"  # as llama-server's prompt cache is off, too
+                'speculation = "off"\n'  # random weights repeat themselves, which is no merit
             )
             command = [sys.executable, "-m", "pilotlight", "serve", "--config", str(config)]
             manifest = json.loads((model / "manifest.json").read_text())
