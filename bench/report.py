@@ -18,7 +18,7 @@ def table(result: Result) -> str:
     """Return the whole report of a shape."""
     peers = [name for name, record in result.peers.items() if record.state == "measured"]
     lines = [
-        f"## {result.shape} shape, Pilotlight {result.precision}",
+        f"## {result.shape} shape, Pilotlight {result.recipe}",
         "",
         f"{result.machine['processor']}, {result.machine['threads_of_each_peer']} threads"
         f" ({', '.join(result.machine['instructions'])}). {_bandwidth_line(result)}",

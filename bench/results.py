@@ -26,7 +26,7 @@ class Result:
     """Figures by workload, title and peer."""
 
     shape: str
-    precision: str
+    recipe: str
     model_sha256: str
     machine: dict[str, Any]
     peers: dict[str, PeerRecord] = field(default_factory=dict)

@@ -39,7 +39,7 @@ COLD_START_ROUNDS = 10
 ROWS = [*WORKLOADS, COLD_START]
 
 
-def all_peers(precision: str, llama_server: str | None, environments: Path) -> list[Peer]:
+def all_peers(recipe: str, llama_server: str | None, environments: Path) -> list[Peer]:
     """Return ourselves, first, and every peer, installed or not."""
 
     def python(name: str) -> Path | None:
@@ -50,7 +50,7 @@ def all_peers(precision: str, llama_server: str | None, environments: Path) -> l
     torch = python("transformers") or Path(sys.executable)  # the export extra holds it as well
     sizes = (32, 128)
     return [
-        Pilotlight(precision),
+        Pilotlight(recipe),
         LlamaServer(llama_server),
         *(
             Worker(f"onnxruntime-genai-{n}", "genai_worker.py", genai, f"genai-{n}", ("--block-size", str(n)))
@@ -166,9 +166,9 @@ def _prepare_all(shape: Shape, peers: Sequence[Peer], directory: Path, result: R
 
 def run_shape(shape: Shape, peers: Sequence[Peer], args: argparse.Namespace) -> None:
     """Measure a shape and write its JSON, table and picture."""
-    path = args.out / f"bench-{args.precision}-{shape.name}.json"
+    path = args.out / f"bench-{args.recipe}-{shape.name}.json"
     weights = write_model(shape, args.models / shape.name) / "model.safetensors"
-    result = Result(shape.name, args.precision, sha256(weights), describe_machine(args.threads))
+    result = Result(shape.name, args.recipe, sha256(weights), describe_machine(args.threads))
     if args.resume and path.exists():
         result = resumed(read(path), result)
     workloads = [WORKLOADS[name] for name in args.rows if name in WORKLOADS and name not in result.rows]
@@ -215,7 +215,7 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--precision", default="hybrid", help="of Pilotlight's artifact")
+    parser.add_argument("--recipe", default="hybrid", help="of Pilotlight's artifact")
     parser.add_argument("--resume", action="store_true", help="keep the rows that the result has already")
     parser.add_argument("--prepare-only", action="store_true", help="make every peer's model and measure nothing")
     parser.add_argument("--llama-server", default=shutil.which("llama-server"), help="the program, where it is built")
@@ -224,7 +224,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that peers are stopped when we are
-    peers = all_peers(args.precision, args.llama_server, args.environments)
+    peers = all_peers(args.recipe, args.llama_server, args.environments)
     if args.peers is not None:
         unknown = set(args.peers) - {peer.name for peer in peers}
         if unknown:

@@ -24,6 +24,8 @@ from measure import Stream
 from memory import Memory, PeakMemory
 from models import Shape
 from peer import Opened, PeerFailed, Setting
+from pilotlight.artifact import open_artifact
+from pilotlight.engine.session import OnnxSession
 
 START_TIMEOUT_S = 120
 STOP_TIMEOUT_S = 30
@@ -70,29 +72,28 @@ class Pilotlight:
     path = "/v1/completions"
     is_four_bit = True
 
-    def __init__(self, precision: str, name: str = OURS) -> None:
-        self.name, self._precision = name, precision
+    def __init__(self, recipe: str, name: str = OURS) -> None:
+        self.name, self._recipe = name, recipe
 
     def missing(self) -> str | None:
         return None
 
     def prepare(self, shape: Shape, source: Path, directory: Path) -> Path:
-        """Export, and start once, so that its graphs lie optimized in its own cache, as after a first start."""
-        artifact = directory / f"{shape.name}-{self._precision}"
+        """Export, and open once, so that its graphs lie optimized in its own cache, as after a first start."""
+        artifact = directory / f"{shape.name}-{self._recipe}"
         if not artifact.exists():
-            command = [sys.executable, "-m", "pilotlight", "export", str(source), "--precision", self._precision]
-            _run([*command, "--out", str(artifact)])
-        with self.open(artifact, Setting(num_threads=1, num_slots=1, max_context_tokens=512)):
-            return artifact
+            command = [sys.executable, "-m", "pilotlight", "export", str(source), "--out", str(artifact)]
+            _run([*command, "--precision", self._recipe.split("-")[0], "--recipe", self._recipe])
+        OnnxSession(open_artifact(artifact), 1, 512, 1, _cache_of(artifact))
+        return artifact
 
     @contextmanager
     def open(self, model: Path, setting: Setting) -> Iterator[Opened]:
         with _directory() as directory, _port() as port:
             config = directory / "pilotlight.toml"
-            cache = model.parent / "cache"
             config.write_text(
                 f"[host]\nport = {port}\nledger = {json.dumps(str(directory / 'usage.db'))}\n"
-                f"cache_dir = {json.dumps(str(cache.absolute()))}\n"
+                f"cache_dir = {json.dumps(str(_cache_of(model).absolute()))}\n"
                 f"[functions.bench]\nartifact = {json.dumps(str(model))}\nnum_slots = {setting.num_slots}\n"
                 f"num_threads = {setting.num_threads}\nmax_context_tokens = {setting.max_context_tokens}\n"
                 "prefix_cache_mb = 0\n"  # as llama-server's prompt cache is off, too
@@ -180,6 +181,10 @@ def stop(process: subprocess.Popen[Any]) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
+
+
+def _cache_of(artifact: Path) -> Path:
+    return artifact.parent / "cache"
 
 
 def _run(command: list[str]) -> None:

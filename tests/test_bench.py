@@ -155,7 +155,7 @@ def test_a_resumed_run_measures_only_what_is_missing(tmp_path: Path, monkeypatch
     (tmp_path / SHAPE.name / "config.json").write_text("{}")
     (tmp_path / SHAPE.name / "model.safetensors").write_bytes(b"weights")
     monkeypatch.setattr("run.plot", lambda result, path: path.write_text("<svg/>"))
-    settings = {"models": tmp_path, "out": tmp_path, "precision": "hybrid", "threads": 1, "rounds": 2}
+    settings = {"models": tmp_path, "out": tmp_path, "recipe": "hybrid", "threads": 1, "rounds": 2}
     peer = FakePeer(OURS, 0.01)
     for rows in (["decode-128"], ["decode-128", "prefill"]):
         args = argparse.Namespace(**settings, rows=rows, resume=True, prepare_only=False)
