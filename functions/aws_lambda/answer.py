@@ -95,10 +95,11 @@ class StreamedAnswer:
 class ObjectAnswer:
     """Collects the response into the one JSON object that buffered function URLs and HTTP APIs read."""
 
-    def __init__(self, client: RuntimeClient, invocation: Invocation) -> None:
+    def __init__(self, client: RuntimeClient, invocation: Invocation, reading: Reading) -> None:
         self.gone = asyncio.Event()
         self._client = client
         self._invocation = invocation
+        self._has_lists = reading is Reading.HTTP_LISTS
         self._status = 0
         self._headers: dict[str, str] = {}
         self._cookies: list[str] = []
@@ -122,13 +123,15 @@ class ObjectAnswer:
         is_text = self._headers.get("content-type", "text/").startswith(TEXT)
         body = self._body.decode() if is_text else base64.b64encode(self._body).decode()
         whole = {"statusCode": self._status, "headers": self._headers, "body": body, "isBase64Encoded": not is_text}
+        if self._has_lists:
+            whole["multiValueHeaders"] = {name: [value] for name, value in self._headers.items()}
         return msgspec.json.encode({**whole, **({"cookies": self._cookies} if self._cookies else {})})
 
 
 def open_answer(client: RuntimeClient, invocation: Invocation, reading: Reading) -> Answer:
     """Return the answer that an event's sender can read."""
-    if reading is Reading.HTTP_OBJECT:
-        return ObjectAnswer(client, invocation)
+    if reading in (Reading.HTTP_OBJECT, Reading.HTTP_LISTS):
+        return ObjectAnswer(client, invocation, reading)
     return StreamedAnswer(client, invocation, reading)
 
 

@@ -23,21 +23,22 @@ class Reading(Enum):
 
     HTTP_STREAM = "a prelude, then the body as it comes into being"
     HTTP_OBJECT = "one JSON object with status, headers and body"
+    HTTP_LISTS = "the same, with a list for each header"
     PAYLOAD = "the body alone, as it comes into being"
 
 
 class UnsupportedEvent(RequestError):
-    """Neither an HTTP request nor an OpenAI body. ``http`` says that the sender reads an HTTP answer all the same."""
+    """Neither an HTTP request nor an OpenAI body. ``reading`` is how the sender reads HTTP answers, if it does."""
 
     status = 501
     code = "unsupported_event"
 
-    def __init__(self, what: str, *, http: bool = False) -> None:
+    def __init__(self, what: str, reading: Reading | None = None) -> None:
         super().__init__(
             f"cannot answer {what}; send requests through a function URL or an HTTP API with payload format 2.0, "
             f"or invoke the function with the body of a chat or text completion"
         )
-        self.http = http
+        self.reading = reading
 
 
 class _Http(msgspec.Struct, rename="camel"):
@@ -87,11 +88,19 @@ def parse_event(raw: bytes, request_id: str, url_reading: Reading) -> Call:
         raise UnsupportedEvent("an event that is not JSON") from error
     if not isinstance(event, dict):
         raise UnsupportedEvent("an event that is not a JSON object")
-    if (path := next((path for key, path in PLAIN_PATHS.items() if key in event), None)) is not None:
+    path = next((path for key, path in PLAIN_PATHS.items() if key in event), None)
+    if path is not None and "eventSource" not in event:  # a broker's event has messages, too
         return _plain_call(raw, path, request_id)
-    if event.get("version") == "2.0" and "rawPath" in event:
+    if event.get("version") == "2.0" and "rawPath" in event and "routeArn" not in event:
         return _http_call(_http_event(event), request_id, url_reading)
-    raise UnsupportedEvent(_described(event), http="httpMethod" in event and "requestContext" in event)
+    raise UnsupportedEvent(_described(event), _refusal_reading(event))
+
+
+def _refusal_reading(event: dict[str, Any]) -> Reading | None:
+    """Return how the senders of an older payload format read an answer; a balancer may take lists and nothing else."""
+    if "httpMethod" not in event or "requestContext" not in event or "methodArn" in event:
+        return None
+    return Reading.HTTP_LISTS if event.get("multiValueHeaders") is not None else Reading.HTTP_OBJECT
 
 
 def _plain_call(body: bytes, path: str, request_id: str) -> Call:
@@ -103,7 +112,7 @@ def _http_event(event: dict[str, Any]) -> _HttpEvent:
     try:
         return msgspec.convert(event, _HttpEvent)
     except msgspec.ValidationError as error:
-        raise UnsupportedEvent(f"an HTTP event that is not one ({error})", http=True) from error
+        raise UnsupportedEvent(f"an HTTP event that is not one ({error})", Reading.HTTP_OBJECT) from error
 
 
 def _http_call(event: _HttpEvent, request_id: str, url_reading: Reading) -> Call:
@@ -137,7 +146,7 @@ def _body(event: _HttpEvent) -> bytes:
     try:
         return base64.b64decode(event.body, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise UnsupportedEvent(f"an HTTP event whose body is not base64 ({error})", http=True) from error
+        raise UnsupportedEvent(f"an HTTP event whose body is not base64 ({error})", Reading.HTTP_OBJECT) from error
 
 
 def _scope(method: str, raw_path: bytes, query: bytes, headers: list[tuple[bytes, bytes]]) -> dict[str, Any]:
@@ -162,6 +171,12 @@ def _described(event: dict[str, Any]) -> str:
     if isinstance(records, list) and records and isinstance(records[0], dict):
         source = records[0].get("eventSource", records[0].get("EventSource"))
         return f"records of {source}" if isinstance(source, str) else "records of another service"
+    if isinstance(event.get("eventSource"), str):
+        return f"records of {event['eventSource']}"
+    if isinstance(event.get("triggerSource"), str):
+        return f"the trigger {event['triggerSource']!r} of Cognito"
+    if "routeArn" in event or "methodArn" in event:
+        return "the question of an authorizer"
     if isinstance(event.get("detail-type"), str):
         return f"the event {event['detail-type']!r} of {event.get('source')}"
     if "httpMethod" in event:

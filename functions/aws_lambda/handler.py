@@ -57,10 +57,10 @@ class Handler:
     async def _refuse(self, invocation: Invocation, refusal: UnsupportedEvent) -> None:
         """Let the invocation fail, lest a queue thinks that its message was dealt with; or say so over HTTP."""
         logger.warning("%s", refusal.message)
-        if not refusal.http:
+        if refusal.reading is None:
             await self._client.report_error(invocation, failure_of(refusal))
             return
-        answer = open_answer(self._client, invocation, Reading.HTTP_OBJECT)
+        answer = open_answer(self._client, invocation, refusal.reading)
         scope = {"type": "http", "path": ""}
         await error_response(refusal, scope)(scope, _receiver(b"", answer), answer.send)
         await answer.end(None)

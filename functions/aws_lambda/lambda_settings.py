@@ -16,6 +16,7 @@ from pilotlight.tee import TeeLabel, require_hardware
 
 MIB_PER_VCPU = 1769
 """The platform grants processor time in proportion to memory. Source: the AWS Lambda developer guide, "Memory"."""
+MAX_ANSWER_TOKENS = 2048
 MAX_BODY_BYTES = 6 * 1024 * 1024
 SCRATCH_LEDGER = "/tmp/pilotlight.db"  # noqa: S108 - the only directory that can be written, and nobody else's
 INVOKE_MODES = {"RESPONSE_STREAM": Reading.HTTP_STREAM, "BUFFERED": Reading.HTTP_OBJECT}
@@ -32,6 +33,7 @@ class LambdaSettings:
     function: FunctionSettings
     host: HostSettings
     ledger_table: str | None
+    requires_keys: bool
     environment: str | None
     url_reading: Reading
     num_pollers: int
@@ -55,6 +57,7 @@ def load_lambda_settings(environment: Mapping[str, str] = os.environ) -> LambdaS
         function=_sized(function, num_pollers, environment),
         host=_host(settings.host, environment),
         ledger_table=environment.get("PILOTLIGHT_LEDGER_TABLE"),
+        requires_keys=_requires_keys(environment),
         environment=None if has_snapshots else environment.get("AWS_LAMBDA_LOG_STREAM_NAME"),
         url_reading=_url_reading(environment.get("PILOTLIGHT_INVOKE_MODE", "RESPONSE_STREAM")),
         num_pollers=num_pollers,
@@ -73,16 +76,22 @@ def _only_function(
         return name, msgspec.structs.replace(function, artifact=artifact or function.artifact)
     if not artifact:
         raise ConfigError("PILOTLIGHT_ARTIFACT is not set; expected the directory of an artifact")
-    return Path(artifact).resolve().name, FunctionSettings(artifact=artifact)
+    # in S3 a digest may follow the path
+    return Path(artifact.partition("#")[0]).resolve().name, FunctionSettings(artifact=artifact)
 
 
 def _sized(function: FunctionSettings, num_pollers: int, environment: Mapping[str, str]) -> FunctionSettings:
-    """Fit a function to the sandbox: a slot for each invocation at a time, a thread for each vCPU that is paid for."""
+    """Fit a function to the sandbox: a slot for each invocation at a time, a thread for each vCPU that is paid for.
+
+    An answer is bounded, since a client that leaves is not noticed and the rest of its answer is paid for.
+    """
     memory_mib = environment.get("AWS_LAMBDA_FUNCTION_MEMORY_SIZE")
     if function.num_threads is None and memory_mib is not None:
         num_vcpus = _count("AWS_LAMBDA_FUNCTION_MEMORY_SIZE", memory_mib) / MIB_PER_VCPU
         function = msgspec.structs.replace(function, num_threads=max(1, round(num_vcpus)))
-    return msgspec.structs.replace(function, num_slots=num_pollers)
+    return msgspec.structs.replace(
+        function, num_slots=num_pollers, max_answer_tokens=function.max_answer_tokens or MAX_ANSWER_TOKENS
+    )
 
 
 def _host(host: HostSettings, environment: Mapping[str, str]) -> HostSettings:
@@ -90,6 +99,17 @@ def _host(host: HostSettings, environment: Mapping[str, str]) -> HostSettings:
     scratch = {} if "PILOTLIGHT_LEDGER" in environment else {"ledger": SCRATCH_LEDGER}
     uncached = {} if "PILOTLIGHT_CACHE_DIR" in environment else {"cache_dir": ""}
     return msgspec.structs.replace(host, max_body_bytes=MAX_BODY_BYTES, **scratch, **uncached)
+
+
+def _requires_keys(environment: Mapping[str, str]) -> bool:
+    given = environment.get("PILOTLIGHT_REQUIRE_KEYS", "false")
+    if given not in ("true", "false"):
+        raise ConfigError(f"PILOTLIGHT_REQUIRE_KEYS is {given!r}; expected true or false")
+    if given == "true" and "PILOTLIGHT_LEDGER_TABLE" not in environment:
+        raise ConfigError(
+            "PILOTLIGHT_REQUIRE_KEYS is true, and there is no PILOTLIGHT_LEDGER_TABLE that could hold any"
+        )
+    return given == "true"
 
 
 def _count(name: str, value: str) -> int:

@@ -19,7 +19,13 @@ Port = Annotated[int, Meta(ge=0, le=65535)]
 T = TypeVar("T", bound=msgspec.Struct)
 
 FUNCTION_NAME = r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}"
-OTHER_VARIABLES = ("PILOTLIGHT_ARTIFACT", "PILOTLIGHT_CONFIG", "PILOTLIGHT_INVOKE_MODE", "PILOTLIGHT_LEDGER_TABLE")
+OTHER_VARIABLES = (
+    "PILOTLIGHT_ARTIFACT",
+    "PILOTLIGHT_CONFIG",
+    "PILOTLIGHT_INVOKE_MODE",
+    "PILOTLIGHT_LEDGER_TABLE",
+    "PILOTLIGHT_REQUIRE_KEYS",
+)
 """Read by the serverless entry points, which have no command line."""
 TABLES = ("host", "functions", "events", "confidential", "modal")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -58,10 +64,10 @@ class FunctionSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``max_context_tokens`` left out means the model's own context, 4,096 at most; ``num_threads`` the machine's cores.
     ``max_inter_token_ms``, ``kv_budget_tokens``, ``deterministic``, ``prefix_cache_mb``,
     ``share_prefixes`` and ``speculation`` are explained in ``engine.policy``.
-    After ``max_duration_s`` an answer ends as if its length were reached. ``prices`` are decimal strings, see
-    ``metering.prices``, in one table or in several with a ``valid_from``; ``replica_cost_per_hour`` is in their
-    currency. What scales and sleeps is described in docs/host.md. ``unseal`` says where the key of a sealed artifact
-    comes from, see ``confidential.key_release``.
+    After ``max_duration_s`` or ``max_answer_tokens`` an answer ends, whatever its request allows. ``prices`` are
+    decimal strings, see ``metering.prices``, in one table or in several with a ``valid_from``;
+    ``replica_cost_per_hour`` is in their currency. What scales and sleeps is described in docs/host.md. ``unseal`` says
+    where the key of a sealed artifact comes from, see ``confidential.key_release``.
     With the ``provider`` "cuda" the model runs on a GPU, where slots and context shrink to what fits into
     ``hbm_budget_mb`` of its memory; 0 means most of what is free at the start.
     """
@@ -81,6 +87,7 @@ class FunctionSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     provider: Literal["cpu", "cuda"] = "cpu"
     hbm_budget_mb: Annotated[int, Meta(ge=0)] = 0
     max_duration_s: Annotated[float, Meta(gt=0, le=86400)] = 3600.0
+    max_answer_tokens: Positive | None = None
     min_replicas: Annotated[int, Meta(ge=0, le=256)] = 0
     max_replicas: Annotated[int, Meta(ge=1, le=256)] = 1
     idle_timeout_s: Annotated[float, Meta(ge=0)] = 300.0

@@ -380,6 +380,7 @@ class Function:
         *,
         max_context_tokens: int,
         max_duration_s: float = 3600.0,
+        max_answer_tokens: int | None = None,
         capacity: Capacity = Capacity.ON_DEMAND,
         tee: TeeLabel = TeeLabel.NONE,
         observer: Observer | None = None,
@@ -392,6 +393,7 @@ class Function:
         self.prices = prices
         self.max_context_tokens = max_context_tokens
         self.max_duration_s = max_duration_s
+        self.max_answer_tokens = max_answer_tokens
         self.capacity = capacity
         self.tee = tee
         self.created_at_utc = datetime.now(UTC)
@@ -596,7 +598,7 @@ class Function:
         beyond = [token_id for token_id in sampling.logit_bias if token_id >= self.artifact.manifest.shapes.vocab_size]
         if beyond:
             raise InvalidRequest("logit_bias", f"logit_bias names token {beyond[0]}, which is not in the vocabulary")
-        max_new_tokens = min(request.max_new_tokens or room, room)
+        max_new_tokens = min(request.max_new_tokens or room, self.max_answer_tokens or room, room)
         emitted_ids: tuple[int, ...] = ()
         if request.continues is not None:
             emitted_ids, sampling = request.continues.emitted_ids, replace(sampling, seed=request.continues.seed)

@@ -284,6 +284,21 @@ def test_a_full_queue_is_refused_with_retry_after(toy_artifact: Artifact, tmp_pa
     asyncio.run(asyncio.wait_for(scenario(), 30))
 
 
+def test_no_answer_is_longer_than_the_function_allows(toy_artifact: Artifact, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(toy_artifact, tmp_path) as toy:
+            toy.function.max_answer_tokens = 5
+            for params in ({"max_tokens": 20}, {"max_tokens": 5}, {"max_tokens": 3}):
+                answer = (await toy.complete("hi", ignore_eos=True, **params)).json()
+                assert answer["usage"]["completion_tokens"] == min(5, params["max_tokens"])
+                assert answer["choices"][0]["finish_reason"] == "length"
+            message = {"model": "toy", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 20}
+            answer = (await toy.client.post("/v1/messages", json={**message, "ignore_eos": True})).json()
+            assert (answer["usage"]["output_tokens"], answer["stop_reason"]) == (5, "max_tokens")
+
+    asyncio.run(scenario())
+
+
 def test_draining_refuses_new_requests_and_meters_running_ones(toy_artifact: Artifact, tmp_path: Path) -> None:
     steps = threading.Semaphore(2)
     session = FakeSession(VOCAB_SIZE, max_context_tokens=4096, before_run=steps.acquire)

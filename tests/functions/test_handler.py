@@ -19,7 +19,7 @@ from pilotlight.engine.fake import FakeSession
 from pilotlight.metering.record import UsageRecord
 from pilotlight.request import FinishReason
 from runtime_client import HTTP_INTEGRATION
-from support import VOCAB_SIZE, events, expected_tokens, toy_tokenizer
+from support import VOCAB_SIZE, events, expected_tokens, named_events, toy_tokenizer
 
 PROMPT_IDS = toy_tokenizer().encode("hi", add_special_tokens=False).ids
 COMPLETIONS = "/v1/completions"
@@ -108,6 +108,48 @@ def test_usage_is_asked_for_by_the_request_id(toy_artifact: Artifact, tmp_path: 
             await wait_for(exchange.http)
             _, payload = await wait_for(aws.platform.invoke_http("GET", f"/v1/usage/{exchange.request_id}").http)
             assert json.loads(payload)["completion_tokens"] == 4
+
+    asyncio.run(scenario())
+
+
+USER = [{"role": "user", "content": "hi"}]
+OTHER_APIS = {
+    "/v1/responses": {"model": "toy", "input": "hi", "max_output_tokens": 4},
+    "/v1/messages": {"model": "toy", "messages": USER, "max_tokens": 4},
+}
+
+
+@pytest.mark.parametrize("path", OTHER_APIS)
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("url_reading", [Reading.HTTP_STREAM, Reading.HTTP_OBJECT])
+def test_the_other_apis_answer_as_they_do_on_a_host(
+    toy_artifact: Artifact, tmp_path: Path, path: str, stream: bool, url_reading: Reading
+) -> None:
+    """Through a function URL, streamed and buffered; what the API itself says without Lambda is what is expected."""
+    asked = {**OTHER_APIS[path], "ignore_eos": True, "stream": stream}
+
+    def essence(payload: str) -> Any:
+        """Return what does not differ from request to request."""
+        if stream:
+            names = [name for name, _ in named_events(payload)]
+            return names, "".join(str(event.get("delta")) for _, event in named_events(payload))
+        answer = json.loads(payload)
+        return answer.get("output", [{}])[0].get("content"), answer.get("content"), answer["usage"]["output_tokens"]
+
+    async def scenario() -> None:
+        async with on_lambda(toy_artifact, tmp_path, url_reading=url_reading) as aws:
+            expected = (await aws.toy.client.post(path, json=asked)).text
+            exchange = aws.platform.invoke_http("POST", path, asked)
+            if url_reading is Reading.HTTP_STREAM:
+                prelude, payload = await wait_for(exchange.http)
+            else:
+                prelude = json.loads(await wait_for(exchange.body))
+                payload = prelude["body"]
+            assert prelude["statusCode"] == 200
+            assert essence(payload) == essence(expected)
+            record = aws.toy.ledger.get(prelude["headers"]["x-request-id"])
+            assert record is not None
+            assert record.completion_tokens == 4
 
     asyncio.run(scenario())
 

@@ -20,8 +20,19 @@ resource "aws_lambda_function" "this" {
   reserved_concurrent_executions = var.reserved_concurrency
   publish                        = true
 
+  ephemeral_storage {
+    size = var.ephemeral_storage_mib
+  }
+
   environment {
-    variables = { PILOTLIGHT_LEDGER_TABLE = aws_dynamodb_table.usage.name }
+    variables = merge(
+      {
+        PILOTLIGHT_LEDGER_TABLE = aws_dynamodb_table.usage.name
+        PILOTLIGHT_REQUIRE_KEYS = var.auth_type == "NONE" ? "true" : "false"
+      },
+      var.resume_secret == "" ? {} : { PILOTLIGHT_RESUME_SECRET = var.resume_secret },
+      var.artifact_uri == "" ? {} : { PILOTLIGHT_ARTIFACT = var.artifact_uri },
+    )
   }
 
   logging_config {
@@ -110,7 +121,13 @@ resource "aws_iam_role_policy" "this" {
 
   policy = jsonencode({
     Version = "2012-10-17"
-    Statement = [
+    Statement = concat(var.artifact_arn == "" ? [] : [
+      {
+        Effect   = "Allow"
+        Action   = "s3:GetObject"
+        Resource = var.artifact_arn
+      },
+      ], [
       {
         Effect   = "Allow"
         Action   = ["logs:CreateLogStream", "logs:PutLogEvents"]
@@ -126,7 +143,7 @@ resource "aws_iam_role_policy" "this" {
         Action   = "dynamodb:Query"
         Resource = "${aws_dynamodb_table.usage.arn}/index/open_invocations"
       },
-    ]
+    ])
   })
 }
 

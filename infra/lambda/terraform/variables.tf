@@ -34,7 +34,7 @@ variable "timeout_s" {
 variable "auth_type" {
   type        = string
   default     = "AWS_IAM"
-  description = "NONE lets the whole internet generate at your cost; Pilotlight has no keys of its own yet."
+  description = "With NONE whoever has an API key may call (`pilotlight keys create --ledger dynamodb://TABLE`)."
 
   validation {
     condition     = contains(["AWS_IAM", "NONE"], var.auth_type)
@@ -52,6 +52,31 @@ variable "reserved_concurrency" {
   type        = number
   default     = 10
   description = "How many sandboxes there may be at most, and so what an hour can cost at most."
+}
+
+variable "resume_secret" {
+  type        = string
+  default     = ""
+  sensitive   = true
+  description = "16 characters or more; with it, answers that the timeout cuts off can be continued."
+}
+
+variable "ephemeral_storage_mib" {
+  type        = number
+  default     = 512
+  description = "Where an artifact from S3 goes; SnapStart allows no more than 512."
+}
+
+variable "artifact_uri" {
+  type        = string
+  default     = ""
+  description = "s3://BUCKET/PREFIX of an artifact that is fetched at the start; the image's own without it."
+}
+
+variable "artifact_arn" {
+  type        = string
+  default     = ""
+  description = "arn:aws:s3:::BUCKET/PREFIX/*, what the function may read for that."
 }
 
 variable "provisioned_concurrency" {

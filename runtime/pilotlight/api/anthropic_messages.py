@@ -162,7 +162,7 @@ async def stream(invocation: Invocation, body: MessagesBody) -> AsyncIterator[by
         return
     for event in blocks.end():
         yield event_frame(event)
-    reason, sequence = _stop(record, body, calls_tools=blocks.num_calls > 0)
+    reason, sequence = _stop(record, body, invocation, calls_tools=blocks.num_calls > 0)
     yield event_frame(MessageDelta(StopDelta(reason, sequence), _usage(record, invocation)))
     yield event_frame(MessageStop())
 
@@ -177,7 +177,7 @@ async def whole(invocation: Invocation, body: MessagesBody) -> MessageObject:
     """
     (choice,) = await invocation.choices()
     record = completed(invocation)
-    reason, sequence = _stop(record, body, calls_tools=bool(choice.tool_calls))
+    reason, sequence = _stop(record, body, invocation, calls_tools=bool(choice.tool_calls))
     content: list[TextBlock | ToolUseBlock] = [TextBlock(choice.text)] if choice.text else []
     content += [ToolUseBlock(call.id, call.name, _input(call.arguments)) for call in choice.tool_calls]
     return MessageObject(_message_id(invocation), body.model, content, _usage(record, invocation), reason, sequence)
@@ -317,12 +317,15 @@ def _usage(record: UsageRecord, invocation: Invocation) -> MessageUsage:
     return MessageUsage(num_new_tokens, record.completion_tokens, record.cached_tokens, 0, extension)
 
 
-def _stop(record: UsageRecord, body: MessagesBody, *, calls_tools: bool) -> tuple[StopReason, str | None]:
+def _stop(
+    record: UsageRecord, body: MessagesBody, invocation: Invocation, *, calls_tools: bool
+) -> tuple[StopReason, str | None]:
     """Return why a message ended, as clients know it: a deadline is one more limit on the length."""
     if record.finish_reason is FinishReason.STOP:
         if calls_tools and record.stop_detail is None:
             return "tool_use", None
         return ("stop_sequence", record.stop_detail) if record.stop_detail is not None else ("end_turn", None)
-    if record.finish_reason is FinishReason.LENGTH and record.completion_tokens < body.max_tokens:
+    allowed = min(body.max_tokens, invocation.function.max_answer_tokens or body.max_tokens)
+    if record.finish_reason is FinishReason.LENGTH and len(invocation.streams[0].token_ids) < allowed:
         return "model_context_window_exceeded", None
     return "max_tokens", None

@@ -21,7 +21,7 @@ from pilotlight.api import errors
 from pilotlight.api.admin import Admin, Control
 from pilotlight.api.anthropic_messages import Messages
 from pilotlight.api.attestation import Attestations, Attester, Unattested
-from pilotlight.api.auth import Doorkeeper, caller_of
+from pilotlight.api.auth import Doorkeeper, Keys, caller_of
 from pilotlight.api.catalogue import catalogue_of
 from pilotlight.api.docs_page import SECURITY_POLICY, page
 from pilotlight.api.endpoint import ANY, GENERATION, Endpoint, routes
@@ -61,7 +61,6 @@ from pilotlight.errors import (
 )
 from pilotlight.function import Function, UsageLedger
 from pilotlight.function import Request as FunctionRequest
-from pilotlight.metering.keyring import Keyring
 from pilotlight.metering.record import UsageRecord
 from pilotlight.tee import TEE_HEADER, TeeLabel
 
@@ -81,7 +80,7 @@ class Api:
         metrics: Metrics,
         max_body_bytes: int,
         responses: ResponseStore,
-        keyring: Keyring | None = None,
+        keyring: Keys | None = None,
         kept_answers: KeptAnswers | None = None,
         control: Control | None = None,
         attester: Attester | None = None,

@@ -7,16 +7,28 @@ runs need a key, and those of the operator an admin key.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pilotlight.api.errors import error_response
 from pilotlight.errors import InvalidKey, NotPermitted, PilotlightError
-from pilotlight.metering.keyring import Keyring
+from pilotlight.metering.keys import Key
 
 OPEN_PATHS = frozenset({"/livez", "/readyz", "/openapi.json", "/docs", "/attestation", "/.well-known/hpke-keys"})
 ADMIN_PATHS = ("/admin/", "/metrics")
+
+
+class Keys(Protocol):
+    """Where API keys are looked up."""
+
+    @property
+    def guarded(self) -> bool:
+        """Whether a request needs a key."""
+
+    def find(self, token: str) -> Key | None:
+        """Return the key that a token opens; may block for a moment."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +56,7 @@ STRANGER = Caller(functions=())
 class Doorkeeper:
     """Puts the ``caller`` into the state of every request, or refuses it."""
 
-    def __init__(self, app: ASGIApp, keyring: Keyring | None) -> None:
+    def __init__(self, app: ASGIApp, keyring: Keys | None) -> None:
         self._app = app
         self._keyring = keyring
 
@@ -87,7 +99,7 @@ def require_admin(caller: Caller) -> None:
         raise NotPermitted("this needs an admin key, as made by: pilotlight keys create --admin")
 
 
-def _caller(keyring: Keyring, request: Request) -> Caller:
+def _caller(keyring: Keys, request: Request) -> Caller:
     key = keyring.find(_token(request))
     if key is None:
         raise InvalidKey

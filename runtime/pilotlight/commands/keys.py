@@ -14,7 +14,8 @@ from pilotlight.commands.table import table
 from pilotlight.config import load_settings
 
 if TYPE_CHECKING:
-    from pilotlight.metering.database import Location
+    from pilotlight.metering.dynamodb_keys import DynamoDbKeyDesk
+    from pilotlight.metering.keyring import KeyDesk
 
 _ledger = click.option("--ledger", help="The usage ledger, which also holds the keys [default: pilotlight.db].")
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line.")
@@ -67,12 +68,11 @@ def create(
     **limits: int | str | None,
 ) -> None:
     """Make a key called NAME and print its token, which is not kept and cannot be shown again."""
-    from pilotlight.metering.keyring import KeyDesk
     from pilotlight.metering.keys import Limits
 
     if re.fullmatch(r"[A-Z]{3}", str(limits["currency"])) is None:
         raise click.BadParameter("expected the three letters of a currency, such as USD", param_hint="--currency")
-    with KeyDesk(_location(ledger)) as desk:
+    with _desk(ledger) as desk:
         allowed = msgspec.convert(limits, Limits)
         key, token = desk.create(name, tenant or name, functions or None, allowed, admin=admin)
     if as_json:
@@ -87,9 +87,7 @@ def create(
 @_json
 def list_keys(ledger: str | None, as_json: bool) -> None:
     """List all keys, without their secrets."""
-    from pilotlight.metering.keyring import KeyDesk
-
-    with KeyDesk(_location(ledger)) as desk:
+    with _desk(ledger) as desk:
         found = desk.listed()
     if as_json:
         for listed in found:
@@ -123,9 +121,7 @@ def list_keys(ledger: str | None, as_json: bool) -> None:
 @_ledger
 def revoke(key_id: str, ledger: str | None) -> None:
     """End the key KEY_ID at once and for good. Its records stay."""
-    from pilotlight.metering.keyring import KeyDesk
-
-    with KeyDesk(_location(ledger)) as desk:
+    with _desk(ledger) as desk:
         desk.revoke(key_id)
     click.echo(f"key {key_id} is revoked", err=True)
 
@@ -136,20 +132,25 @@ def revoke(key_id: str, ledger: str | None) -> None:
 @_ledger
 def rotate(key_id: str, grace: str, ledger: str | None) -> None:
     """Give the key KEY_ID a new token and print it. Limits and what was used go on as before."""
-    from pilotlight.metering.keyring import KeyDesk
-
     match = re.fullmatch(r"([0-9]{1,4})([hd])", grace, re.ASCII)
     if match is None:
         raise click.BadParameter(f"{grace!r} is not a span such as 24h or 7d", param_hint="--grace")
     span = timedelta(hours=int(match[1]) * (24 if match[2] == "d" else 1))
-    with KeyDesk(_location(ledger)) as desk:
+    with _desk(ledger) as desk:
         click.echo(desk.rotate(key_id, span))
 
 
-def _location(ledger: str | None) -> Location:
-    from pilotlight.metering.database import located
+def _desk(ledger: str | None) -> KeyDesk | DynamoDbKeyDesk:
+    from pilotlight.metering.database import DYNAMODB_SCHEME, located
 
-    return located(load_settings(None, ledger=ledger).host.ledger)
+    location = located(load_settings(None, ledger=ledger).host.ledger)
+    if isinstance(location, str) and location.startswith(DYNAMODB_SCHEME):
+        from pilotlight.metering.dynamodb_keys import DynamoDbKeyDesk
+
+        return DynamoDbKeyDesk(location)
+    from pilotlight.metering.keyring import KeyDesk
+
+    return KeyDesk(location)
 
 
 @keys.command()

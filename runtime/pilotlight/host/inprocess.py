@@ -84,6 +84,7 @@ def start(
         prepared.prices,
         max_context_tokens=session.max_context_tokens,
         max_duration_s=settings.max_duration_s,
+        max_answer_tokens=settings.max_answer_tokens,
         capacity=Capacity(host.capacity),
         observer=observer,
         texts=prepared.texts,

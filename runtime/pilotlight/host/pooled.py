@@ -63,6 +63,7 @@ def open_pooled(name: str, settings: FunctionSettings, around: Surroundings) -> 
         prices,
         max_context_tokens=context,
         max_duration_s=settings.max_duration_s,
+        max_answer_tokens=settings.max_answer_tokens,
         capacity=Capacity(around.host.capacity),
         tee=around.tee,
         observer=around.metrics,

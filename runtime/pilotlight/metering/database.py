@@ -13,8 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+from pilotlight.errors import ConfigError
 from pilotlight.metering import schema
 
+DYNAMODB_SCHEME = "dynamodb://"
 URL_SCHEMES = ("postgresql://", "postgres://")
 
 Location = Path | str
@@ -65,7 +67,7 @@ class Connection(Protocol):
 
 def located(ledger: str) -> Location:
     """Return where a ledger is that was named in a setting."""
-    return ledger if ledger.startswith(URL_SCHEMES) else Path(ledger)
+    return ledger if ledger.startswith((*URL_SCHEMES, DYNAMODB_SCHEME)) else Path(ledger)
 
 
 def shown(ledger: str) -> str:
@@ -83,6 +85,8 @@ def connect_writer(location: Location) -> Connection:
     if isinstance(location, Path):
         location.parent.mkdir(parents=True, exist_ok=True)
         return schema.connect_writer(location)
+    if location.startswith(DYNAMODB_SCHEME):
+        raise ConfigError(f"{location}: only the Lambda function writes a ledger on DynamoDB")
     from pilotlight.metering import postgres
 
     return postgres.connect_writer(location)
@@ -97,6 +101,10 @@ def connect_reader(location: Location) -> Connection:
     """
     if isinstance(location, Path):
         return schema.connect_reader(location)
+    if location.startswith(DYNAMODB_SCHEME):
+        from pilotlight.metering.dynamodb_snapshot import connect_snapshot
+
+        return connect_snapshot(location)
     from pilotlight.metering import postgres
 
     return postgres.connect_reader(location)

@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 
 from pilotlight.errors import ConfigError, LedgerUnavailable, PilotlightError, RequestIdInUse, RequestNotFound
+from pilotlight.metering.aws_client import new_client
 from pilotlight.metering.idempotency import Claim
 from pilotlight.metering.limits import Admitted
 from pilotlight.metering.marks import Mark
@@ -27,8 +28,6 @@ OPEN_INDEX = "open_invocations"
 LEASE_S = 15 * 60 + 60
 """Longer than any invocation may run on Lambda: one that is still open after it was cut off for certain."""
 
-CONNECT_TIMEOUT_S = 2
-READ_TIMEOUT_S = 5
 _IS_NEW = "attribute_not_exists(request_id)"
 _IS_OPEN = "attribute_exists(request_id) AND attribute_not_exists(#record)"
 _CHECKPOINT = "SET #usage = :usage"
@@ -55,7 +54,7 @@ class DynamoDbLedger:
         self._function = function
         self._environment = environment
         self._lease_s = lease_s
-        self._client = _new_client()
+        self._client = new_client("dynamodb")
         self._close_crashed()
 
     def reconnect(self) -> None:
@@ -64,11 +63,11 @@ class DynamoDbLedger:
         Raises:
             ConfigError: the table cannot be used.
         """
-        self._client = _new_client()
+        self._client = new_client("dynamodb")
         self._close_crashed()
 
     async def admit(self, admission: Admission, claim: Claim | None = None) -> Admitted:
-        """Open an invocation. There are no keys and no claims on Lambda: the platform decides who may call.
+        """Open an invocation. Keys have no limits here, and there are no claims.
 
         Raises:
             RequestIdInUse: the table holds the request id already.
@@ -184,21 +183,6 @@ class DynamoDbLedger:
                 yield from page["Items"]
         except Exception as error:  # as above
             raise ConfigError(f"table {self._table}: cannot be used as a usage ledger ({error})") from error
-
-
-def _new_client() -> Any:
-    try:
-        import boto3
-        from botocore.config import Config
-        from botocore.exceptions import BotoCoreError
-    except ImportError as error:
-        raise ConfigError("a ledger on DynamoDB needs boto3: pip install 'pilotlight[lambda]'") from error
-    retries = {"mode": "standard", "total_max_attempts": 3}
-    config = Config(connect_timeout=CONNECT_TIMEOUT_S, read_timeout=READ_TIMEOUT_S, retries=retries)
-    try:
-        return boto3.client("dynamodb", config=config)
-    except BotoCoreError as error:
-        raise ConfigError(f"DynamoDB cannot be reached ({error})") from error
 
 
 def _update(request_id: str, change: str, names: dict[str, str], values: Item) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from pilotlight.errors import ConfigError
-from pilotlight.metering.database import Location
+from pilotlight.metering.database import DYNAMODB_SCHEME, Location
 from pilotlight.metering.ledger import Ledger
 from pilotlight.metering.signing import Signer
 from pilotlight.metering.sql_ledger import SqlLedger
@@ -23,6 +23,8 @@ def open_ledger(location: Location, signer: Signer | None = None, cache_dir: str
     """
     if isinstance(location, Path):
         return Ledger(location, signer)
+    if location.startswith(DYNAMODB_SCHEME):
+        raise ConfigError(f"{location}: only the Lambda function writes a ledger on DynamoDB")
     from pilotlight.metering.postgres_ledger import PostgresLedger
 
     return PostgresLedger(location, _marks_dir(cache_dir), signer)
