@@ -10,7 +10,7 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -110,7 +110,7 @@ def _fetch_files(client: Any, place: Place, folder: Path, files: Mapping[str, Fi
         with (folder / name).open("wb") as file:
             file.truncate(entry.size_bytes)
     with ThreadPoolExecutor(NUM_CONNECTIONS, "s3") as pool:
-        damaged: Iterable[str] = files
+        damaged = list(files)
         for _ in range(2):
             wanted = {name: files[name] for name in damaged}
             for _ in pool.map(lambda part: _fetch_part(client, place, folder, part), parts_of(wanted)):

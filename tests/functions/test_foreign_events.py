@@ -10,6 +10,7 @@ import asyncio
 import json
 from collections import Counter
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def test_one_process_lives_through_all_of_them(toy_artifact: Artifact, tmp_path:
         found: Counter[str] = Counter()
         async with on_lambda(toy_artifact, tmp_path) as aws:
             for event, described in EVENTS.values():
-                seen = await wait_for(lambda event=event: outcome(aws.platform.invoke(event)))
+                seen = await wait_for(partial(outcome, aws.platform.invoke(event)))
                 assert seen == ("501" if described == QUERY else "Pilotlight.UnsupportedEvent")
                 found[seen] += 1
             assert await status_of(aws, "/livez") == 200
