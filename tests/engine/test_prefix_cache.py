@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from engine_support import engine_on
 from pilotlight.engine.fake import FakeSession, next_token
 from pilotlight.engine.policy import Policy
-from pilotlight.engine.prefix_cache import PrefixCache, Scope
+from pilotlight.engine.prefix_cache import PrefixCache
+from pilotlight.engine.prefix_keys import Scope
 from pilotlight.request import SamplingParams, Sequence
 
 BLOCK = 4

@@ -6,7 +6,9 @@ import asyncio
 from collections.abc import Callable
 
 from pilotlight.engine.fake import next_token
+from pilotlight.engine.prefix_keys import PrefixChanges
 from pilotlight.host.link import Listener, TemplateListener
+from pilotlight.host.routing import prefix_keys
 from pilotlight.host.wire import (
     Abort,
     Beat,
@@ -40,6 +42,7 @@ class FakeReplica:
         self.gone = False
         self.template: FakeTemplate | None = None
         self.num_steps = 0
+        self.prefixes: PrefixChanges = {}
         self._listener = listener
 
     # the link
@@ -92,11 +95,14 @@ class FakeReplica:
             num_generated = len(tokens) - len(sequence.prompt_ids)
             finish = FinishReason.LENGTH if num_generated >= sequence.max_new_tokens else None
             begun = 0.0 if num_generated == 1 else None
+            if begun is not None:
+                self.prefixes |= dict.fromkeys(prefix_keys(sequence, self.spec.policy), True)
             events.append((sequence_id, TokenEvent(tokens[-1], 0.5, finish, begun)))
             if finish:
                 del self.running[sequence_id]
         if events:
-            self.say(Step(events, self.signals()))
+            changes, self.prefixes = self.prefixes, {}
+            self.say(Step(events, self.signals(), changes))
 
     def signals(self) -> Signals:
         num_running = min(len(self.running), self.spec.num_slots)

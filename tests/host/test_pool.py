@@ -8,6 +8,7 @@ import random
 from collections.abc import Awaitable, Callable
 from functools import wraps
 
+import msgspec
 import pytest
 
 from fake_replicas import VOCAB_SIZE, FakeLauncher
@@ -17,6 +18,7 @@ from pilotlight.errors import Draining, QueueFull, StartFailed
 from pilotlight.host.autoscaler import Policy, Sleep
 from pilotlight.host.machine import Machine
 from pilotlight.host.pool import MAX_KILLED_STARTS, Pool, PoolSettings
+from pilotlight.host.routing import prefix_keys
 from pilotlight.host.wire import ReplicaSpec
 from pilotlight.mailbox import TokenStream
 from pilotlight.request import FinishReason, SamplingParams, Sequence, TokenEvent
@@ -394,9 +396,10 @@ async def test_more_replicas_come_with_the_load_and_leave_after_it() -> None:
 
 
 @on_a_loop
-async def test_routing_prefers_the_replica_that_knows_the_prefix() -> None:
+async def test_routing_prefers_the_replica_that_holds_the_prefix() -> None:
     policy = Policy(2, min_replicas=2, max_replicas=2, sleep=Sleep.DEEP)
-    stage = Stage(settings_with(policy=policy))
+    spec = msgspec.structs.replace(SPEC, policy=EnginePolicy(8, prefix_cache_bytes=1000), max_context_tokens=1000)
+    stage = Stage(settings_with(policy=policy, spec=spec))
     stage.launcher.on_launch = lambda replica: replica.start()
     stage.pool.act()
     await stage.settle()
@@ -406,9 +409,21 @@ async def test_routing_prefers_the_replica_that_knows_the_prefix() -> None:
     stage.submit("elsewhere", (5,) * 10)
     (other,) = [replica for replica in stage.launcher.living if replica is not home]
     assert list(other.running) == ["elsewhere"]
+    stage.submit("at the same time", (*prompt, 6))
+    assert "at the same time" in home.running, "it is about to be computed there"
     await stage.run_out()
+    stage.submit("busy", (4,) * 20, max_new_tokens=9)
+    assert list(home.running) == ["busy"]
     stage.submit("again", (*prompt, 7))
-    assert list(home.running) == ["again"]
+    assert list(home.running) == ["busy", "again"], "it has more to do, but less than computing all of it again"
+    await stage.run_out()
+    home.prefixes = dict.fromkeys(prefix_keys(Sequence("", prompt, 1, tenant=""), spec.policy), False)
+    stage.submit("first", (9,) * 3)
+    await stage.run_out()
+    stage.submit("of another tenant", (*prompt, 7), tenant="y")
+    stage.submit("evicted", (*prompt, 7))
+    assert "of another tenant" in home.running
+    assert list(other.running) == ["evicted"], "one each: neither finds anything"
     await stage.run_out()
 
 

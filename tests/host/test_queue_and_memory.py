@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pilotlight.artifact import Artifact, open_artifact
+from pilotlight.engine.prefix_keys import block_keys
 from pilotlight.errors import ArtifactError
 from pilotlight.host.fair_queue import FairQueue
 from pilotlight.host.journal import Entry
 from pilotlight.host.machine import Machine, Room
 from pilotlight.host.memory import Idle, evictions
-from pilotlight.host.routing import Choice, KnownPrefixes, prefix_blocks, route
+from pilotlight.host.routing import Choice, KnownPrefixes, route
 from pilotlight.host.verified import FILE, Verified
 from pilotlight.host.wire import Abort, FrameReader, encode, frame, to_replica
 from pilotlight.request import Sequence
@@ -129,10 +131,25 @@ def test_the_machines_own_memory_counts_too() -> None:
 def test_routing() -> None:
     assert route([Choice(10, 0), Choice(5, 0)]) == 1
     assert route([Choice(100, 64), Choice(50, 0)]) == 0
-    known = KnownPrefixes()
-    known.add(prefix_blocks(range(200)))
-    assert known.num_tokens(prefix_blocks(range(130))) == 128
-    assert known.num_tokens(prefix_blocks([7, *range(130)])) == 0
+
+
+def test_what_a_replica_knows_of_a_prompt() -> None:
+    def keys(tokens: Iterable[int], tenant: str = "t") -> list[bytes]:
+        return block_keys((tenant, None), tuple(tokens), 64)
+
+    known = KnownPrefixes(64)
+    known.begin(keys(range(200)))
+    known.begin(keys(range(100)))
+    assert known.num_tokens(keys(range(130))) == 128
+    assert known.num_tokens(keys([7, *range(130)])) == 0
+    assert known.num_tokens(keys(range(130), "other")) == 0
+    known.end(keys(range(200)))
+    assert known.num_tokens(keys(range(130))) == 64
+    known.change(dict.fromkeys(keys(range(200)), True))
+    known.end(keys(range(100)))
+    assert known.num_tokens(keys(range(130))) == 128
+    known.change({keys(range(130))[0]: False})
+    assert known.num_tokens(keys(range(130))) == 0, "what follows a lost block is of no use"
 
 
 @given(st.lists(st.text(max_size=300), max_size=20), st.integers(1, 64))

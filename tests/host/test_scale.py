@@ -75,3 +75,34 @@ def test_load_brings_a_second_replica_and_idleness_takes_both(demo_fp32: Artifac
         again = httpx.post(f"{server.url}/v1/completions", json=BODY, timeout=60).json()
         assert again["choices"][0]["token_ids"] == answers[0]
         assert len(replicas(server)) == 1
+
+
+def test_a_prompt_goes_where_its_beginning_is_kept(demo_int4: Artifact, tmp_path: Path) -> None:
+    config = tmp_path / "pilotlight.toml"
+    config.write_text(
+        f"[functions.demo]\nartifact = '{demo_int4.path}'\nmin_replicas = 2\nmax_replicas = 2\nnum_threads = 1\n"
+    )
+    prompt = [*range(3, 200)]
+
+    async def scenario(url: str) -> dict[str, Any] | None:
+        busy = asyncio.create_task(stream(url, "busy", {**BODY, "max_tokens": 400}))
+        async with httpx.AsyncClient(base_url=url) as http:
+            while 'pilotlight_num_requests_running{function="demo"} 1.0' not in (await http.get("/metrics")).text:
+                await asyncio.sleep(0.01)
+        asked = {**BODY, "prompt": prompt, "max_tokens": 2}
+        assert (await stream(url, "first", asked)).done
+        assert (await busy).done
+        return (await stream(url, "again", asked)).usage
+
+    ledger = tmp_path / "usage.db"
+    with config_process(config, ledger) as server:
+        with httpx.Client(base_url=server.url) as http:
+            both = 'pilotlight_replica_start_seconds_count{function="demo",stage="fork"} 2.0'
+            wait_for(lambda: both in http.get("/metrics").text)
+        usage = asyncio.run(scenario(server.url))
+        with LedgerReader(ledger) as reader:
+            of = {record.request_id: record.replica_id for record in reader.records()}
+    assert of["busy"] != of["first"], "the other one had less to do"
+    assert of["again"] == of["first"]
+    assert usage is not None
+    assert usage["prompt_tokens_details"]["cached_tokens"] > 100

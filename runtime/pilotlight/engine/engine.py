@@ -17,6 +17,7 @@ from pilotlight.engine.grammar import Grammars, GrammarState
 from pilotlight.engine.logprobs import keep_asked, token_logprobs
 from pilotlight.engine.pace import Pace
 from pilotlight.engine.policy import DEFAULT_POLICY, Policy
+from pilotlight.engine.prefix_keys import PrefixChanges
 from pilotlight.engine.sampler import SamplingRow
 from pilotlight.engine.scheduler import Active, PrefillChunk, Scheduler, SlotMove, StepPlan
 from pilotlight.engine.session import Logits, Session
@@ -117,6 +118,15 @@ class Engine:
     def signals(self) -> Signals:
         """Return the load as of the last step or message."""
         return self._signals
+
+    def note_prefixes(self) -> None:
+        """Have the coming and going of kept prompt beginnings noted; before the start."""
+        self._scheduler.prefixes.changes = {}
+
+    def take_prefix_changes(self) -> PrefixChanges:
+        """Return what came and went since the last time; on the engine's thread, in ``emit``."""
+        changes, self._scheduler.prefixes.changes = self._scheduler.prefixes.changes, {}
+        return changes or {}
 
     @property
     def holds_anything(self) -> bool:

@@ -9,17 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
-from hashlib import blake2b
 from itertools import takewhile
 from typing import Protocol
 
-import numpy as np
+from pilotlight.engine.prefix_keys import PrefixChanges, Scope, block_keys
 
 ATTENTION_TOKENS = 2048
 """At about this position a token's attention costs as much as the rest of it. Only evictions depend on it."""
-
-Scope = tuple[str | None, str | None]
-"""Tenant and cache key: nothing is found from another scope."""
 
 
 class Held(Protocol):
@@ -56,20 +52,14 @@ class PrefixCache:
         self.block_tokens = block_tokens
         self.max_bytes = max_bytes
         self.num_bytes = 0
+        self.changes: PrefixChanges | None = None
+        """What came and went, where somebody wants to know and takes it out."""
         self._blocks: dict[bytes, Block] = {}
         self._level = 0.0
 
     def keys(self, scope: Scope, tokens: Items[int]) -> list[bytes]:
         """Return the key of each whole block of a prompt whose last token is still to be computed."""
-        if self.max_bytes == 0:
-            return []
-        ids = np.asarray(tokens, np.int64)
-        chain = blake2b(repr(scope).encode(), digest_size=16)
-        keys = []
-        for start in range(0, len(ids) - self.block_tokens, self.block_tokens):
-            chain.update(ids[start : start + self.block_tokens].tobytes())
-            keys.append(chain.digest())
-        return keys
+        return block_keys(scope, tokens, self.block_tokens) if self.max_bytes else []
 
     def find(self, keys: Items[bytes]) -> list[Block]:
         """Return the blocks that are here, from the first one on without a gap; they are worth more from now on."""
@@ -105,8 +95,13 @@ class PrefixCache:
         block.worth = self._worth(block)
         self._blocks[block.key] = block
         self.num_bytes += held.nbytes
+        self._note(block.key, is_kept=True)
         if parent is not None:
             self._blocks[parent].num_children += 1
+
+    def _note(self, key: bytes, *, is_kept: bool) -> None:
+        if self.changes is not None:
+            self.changes[key] = is_kept
 
     def _worth(self, block: Block) -> float:
         return self._level + (1 + block.num_uses) * (1 + block.start / ATTENTION_TOKENS)
@@ -120,6 +115,7 @@ class PrefixCache:
         self._level = max(self._level, block.worth)
         self.num_bytes -= block.held.nbytes
         del self._blocks[block.key]
+        self._note(block.key, is_kept=False)
         if block.parent is not None:
             self._blocks[block.parent].num_children -= 1
         return True

@@ -25,7 +25,7 @@ from pilotlight.host.machine import Machine, Room
 from pilotlight.host.measures import Measures
 from pilotlight.host.memory import Idle, estimated_bytes, private_bytes
 from pilotlight.host.replica_handle import Replica, State, TemplateHandle
-from pilotlight.host.routing import prefix_blocks, route
+from pilotlight.host.routing import PrefixKeys, prefix_keys, route
 from pilotlight.host.wire import Abort, Beat, Dormant, Failed, FromReplica, ReplicaSpec, Stages, Started, Step, Submit
 from pilotlight.mailbox import TokenStream
 from pilotlight.request import Sequence, Signals, Start, TokenEvent
@@ -76,6 +76,7 @@ class Pool:
         machine: Machine,
         watcher: Watcher | None = None,
         clock: Callable[[], float] = time.monotonic,
+        prefix_keys: PrefixKeys = prefix_keys,
     ) -> None:
         self.settings = settings
         self.replicas: dict[str, Replica] = {}
@@ -84,6 +85,7 @@ class Pool:
         self._machine = machine
         self._watcher = watcher
         self._clock = clock
+        self._prefix_keys = prefix_keys
         self._queue = FairQueue()
         self._entries: dict[str, Entry] = {}
         self._places: dict[str, Replica] = {}
@@ -308,7 +310,7 @@ class Pool:
     def received(self, replica: Replica, message: FromReplica) -> None:
         replica.silent_ticks = 0
         if isinstance(message, Step):
-            replica.progressed(message.signals)
+            replica.progressed(message)
             for sequence_id, event in message.events:
                 self._deliver(replica, sequence_id, event)
             self._dispatch()
@@ -362,9 +364,9 @@ class Pool:
     def _dispatch(self) -> None:
         while self._queue and (open_replicas := [replica for replica in self.ready if replica.has_place]):
             entry = self._queue.pop()
-            blocks = prefix_blocks(entry.sequence.prompt_ids)
-            replica = open_replicas[route([replica.choice(blocks) for replica in open_replicas])]
-            replica.take(entry, blocks, self._clock())
+            keys = self._prefix_keys(entry.sequence, self.settings.spec.policy)
+            replica = open_replicas[route([replica.choice(keys) for replica in open_replicas])]
+            replica.take(entry, keys, self._clock())
             self._places[entry.sequence.id] = replica
             if entry.cold and replica.stages is not None:
                 entry.start = _start_of(replica.stages, replica.ready_at - entry.queued_at)
@@ -450,9 +452,9 @@ class Pool:
         if room is not Room.TAKEN:
             return False
         now = self._clock()
-        replica = Replica(replica_id, self, num_bytes, settings.spec.num_slots, now)
         num_warm_up_tokens = 0 if self._queue else 2
         spec = _spec_of(settings.spec, replica_id, now, num_warm_up_tokens)
+        replica = Replica(spec, self, num_bytes)
         self.replicas[replica_id] = replica
         self._empty.clear()
         try:

@@ -139,6 +139,7 @@ class _Outbox:
 
     def __init__(self, wire: BlockingWire, loaded: Loaded, spec: ReplicaSpec) -> None:
         self.engine = Engine(loaded.session, self._emit, spec.policy, Grammars.of(loaded.artifact))
+        self.engine.note_prefixes()
         self._wire = wire
         self._lean: Loaded | None = loaded
         self._spec = spec
@@ -168,7 +169,7 @@ class _Outbox:
         """Runs on the engine's thread, once a step, also where a step has no events."""
         self._num_steps += 1
         if events:
-            self._wire.send(Step(events, self.engine.signals()))
+            self._wire.send(Step(events, self.engine.signals(), self.engine.take_prefix_changes()))
             self.grow_in_background()
 
 

@@ -9,7 +9,7 @@ from typing import Protocol
 from pilotlight.host.journal import Entry
 from pilotlight.host.link import Link, TemplateLink
 from pilotlight.host.routing import Choice, KnownPrefixes
-from pilotlight.host.wire import Beat, Close, Dormant, FromReplica, Stages, Started
+from pilotlight.host.wire import Beat, Close, Dormant, FromReplica, ReplicaSpec, Stages, Started, Step
 from pilotlight.request import Signals
 
 LOOK_AHEAD = 1
@@ -37,11 +37,10 @@ class Replica:
 
     link: Link
 
-    def __init__(self, replica_id: str, owner: Owner, num_bytes: int, num_slots: int, asked_at: float) -> None:
-        self.id = replica_id
+    def __init__(self, spec: ReplicaSpec, owner: Owner, num_bytes: int) -> None:
+        self.id = spec.replica_id
         self.num_bytes = num_bytes
-        self.asked_at = asked_at
-        self.ready_at = self.used_at = asked_at
+        self.asked_at = self.ready_at = self.used_at = spec.asked_at
         self.state = State.STARTING
         self.entries: dict[str, Entry] = {}
         self.stages: Stages | None = None
@@ -49,10 +48,11 @@ class Replica:
         self.signals: Signals | None = None
         self.silent_ticks = 0
         self._owner = owner
-        self._num_slots = num_slots
+        self._num_slots = spec.num_slots
         self._num_steps = 0
         self._stalled_ticks = 0
-        self._prefixes = KnownPrefixes()
+        self._prefixes = KnownPrefixes(spec.policy.prefix_block_tokens)
+        self._keys: dict[str, list[bytes]] = {}
 
     @property
     def starting(self) -> bool:
@@ -62,20 +62,22 @@ class Replica:
     def has_place(self) -> bool:
         return len(self.entries) < self._num_slots + LOOK_AHEAD
 
-    def choice(self, blocks: Iterable[int]) -> Choice:
-        """Return what routing has to know, for a prompt with these blocks."""
+    def choice(self, keys: Iterable[bytes]) -> Choice:
+        """Return what routing has to know, for a prompt with these prefix keys."""
         outstanding = sum(entry.num_prefill_tokens if not entry.has_begun else 1 for entry in self.entries.values())
         # a sequence behind full slots has to wait for one of them to end, whatever its tokens
         crowded = 1_000_000 if len(self.entries) >= self._num_slots else 0
-        return Choice(outstanding + crowded, self._prefixes.num_tokens(blocks))
+        return Choice(outstanding + crowded, self._prefixes.num_tokens(keys))
 
-    def take(self, entry: Entry, blocks: Iterable[int], now: float) -> None:
+    def take(self, entry: Entry, keys: list[bytes], now: float) -> None:
         self.entries[entry.sequence.id] = entry
-        self._prefixes.add(blocks)
+        self._keys[entry.sequence.id] = keys
+        self._prefixes.begin(keys)
         entry.dispatched_at = self.used_at = now
 
     def drop(self, entry: Entry, now: float) -> None:
         del self.entries[entry.sequence.id]
+        self._prefixes.end(self._keys.pop(entry.sequence.id))
         self.used_at = now
 
     def ready(self, message: Started, now: float) -> None:
@@ -92,8 +94,9 @@ class Replica:
     def kill(self) -> None:
         self.link.kill()
 
-    def progressed(self, signals: Signals) -> None:
-        self.signals = signals
+    def progressed(self, message: Step) -> None:
+        self.signals = message.signals
+        self._prefixes.change(message.prefixes)
         self._stalled_ticks = 0
 
     def beat(self, message: Beat) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
-BLOCK_TOKENS = 64
-MAX_REMEMBERED_BLOCKS = 4096
+from pilotlight.engine.policy import Policy
+from pilotlight.engine.prefix_keys import PrefixChanges, block_keys
+from pilotlight.request import Sequence
+
+PrefixKeys = Callable[[Sequence, Policy], list[bytes]]
+"""See ``prefix_keys``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,34 +28,45 @@ def route(choices: Items[Choice]) -> int:
     return min(range(len(choices)), key=lambda i: choices[i].num_outstanding_tokens - choices[i].num_known_tokens)
 
 
-def prefix_blocks(token_ids: Items[int]) -> list[int]:
-    """Return a hash for each prefix of ``token_ids`` that is a whole number of blocks long, the shortest first."""
-    hashes: list[int] = []
-    running = 0
-    for start in range(0, len(token_ids) - BLOCK_TOKENS + 1, BLOCK_TOKENS):
-        running = hash((running, tuple(token_ids[start : start + BLOCK_TOKENS])))
-        hashes.append(running)
-    return hashes
+def prefix_keys(sequence: Sequence, policy: Policy) -> list[bytes]:
+    """Return the keys under which engines of this policy keep a prompt's beginnings, the shortest first."""
+    if policy.prefix_cache_bytes == 0:
+        return []
+    tenant = None if policy.share_prefixes else sequence.tenant
+    return block_keys((tenant, sequence.cache_key), sequence.prompt_ids, policy.prefix_block_tokens)
 
 
 class KnownPrefixes:
-    """The prefixes that a replica has computed lately."""
+    """The blocks of prompts that a replica holds, as it tells, and those that its open sequences are computing."""
 
-    def __init__(self) -> None:
-        self._blocks: dict[int, None] = {}
+    def __init__(self, block_tokens: int) -> None:
+        self._block_tokens = block_tokens
+        self._kept: set[bytes] = set()
+        self._coming: Counter[bytes] = Counter()
 
-    def add(self, blocks: Iterable[int]) -> None:
-        for block in blocks:
-            self._blocks.pop(block, None)
-            self._blocks[block] = None
-        while len(self._blocks) > MAX_REMEMBERED_BLOCKS:
-            del self._blocks[next(iter(self._blocks))]
+    def begin(self, keys: Iterable[bytes]) -> None:
+        """A sequence with these blocks was sent there."""
+        self._coming.update(keys)
 
-    def num_tokens(self, blocks: Iterable[int]) -> int:
-        """Return how many tokens of a prompt with these blocks are known."""
-        known = 0
-        for block in blocks:
-            if block not in self._blocks:
+    def end(self, keys: Iterable[bytes]) -> None:
+        """That sequence is there no more."""
+        for key in keys:
+            self._coming[key] -= 1
+            if not self._coming[key]:
+                del self._coming[key]
+
+    def change(self, changes: PrefixChanges) -> None:
+        for key, is_kept in changes.items():
+            if is_kept:
+                self._kept.add(key)
+            else:
+                self._kept.discard(key)
+
+    def num_tokens(self, keys: Iterable[bytes]) -> int:
+        """Return how many tokens of a prompt with these blocks need not be computed again."""
+        num_blocks = 0
+        for key in keys:
+            if key not in self._kept and key not in self._coming:
                 break
-            known += BLOCK_TOKENS
-        return known
+            num_blocks += 1
+        return num_blocks * self._block_tokens

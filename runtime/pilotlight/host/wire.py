@@ -16,6 +16,7 @@ import msgspec
 
 from pilotlight.artifact import Grant
 from pilotlight.engine.policy import Policy
+from pilotlight.engine.prefix_keys import PrefixChanges
 from pilotlight.request import Sequence, Signals, TokenEvent
 
 MAX_FRAME_BYTES = 64 * 1024 * 1024
@@ -80,10 +81,11 @@ class Failed(msgspec.Struct, array_like=True, tag=1, frozen=True):
 
 
 class Step(msgspec.Struct, array_like=True, tag=2, frozen=True):
-    """One step's events, and the load after it."""
+    """One step's events, the load after it, and which prompt beginnings came and went since the one before."""
 
     events: list[tuple[str, TokenEvent]]
     signals: Signals
+    prefixes: PrefixChanges = {}
 
 
 class Beat(msgspec.Struct, array_like=True, tag=3, frozen=True):

@@ -76,6 +76,7 @@ class SimulatedEngine:
         self._pace = Pace(policy.max_inter_token_ms, "batch" in times.decode_lines)
         self.scheduler = Scheduler(capacity.num_slots, policy, self._pace)
         self.scheduler.prefixes = NamedPrefixes(policy.prefix_block_tokens, policy.prefix_cache_bytes)
+        self.scheduler.prefixes.changes = {}
         self.num_steps = 0
         self.busy_s = 0.0
         self.num_tokens = 0

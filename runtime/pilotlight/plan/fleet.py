@@ -17,6 +17,7 @@ from pilotlight.host.replica_handle import State
 from pilotlight.plan.agenda import Agenda
 from pilotlight.plan.desk import Desk
 from pilotlight.plan.outcomes import Outcomes, Sample
+from pilotlight.plan.prompts import named_keys
 from pilotlight.plan.replica import Life, SimulatedLauncher, SimulatedReplica, Speed
 from pilotlight.plan.spot import SpotMarket
 from pilotlight.request import Sequence
@@ -58,7 +59,7 @@ class PooledFleet:
         self._machine = Machine(ground.memory_bytes, lambda: ground.memory_bytes, agenda.soon)
         self._desk = Desk(speed.rates.host, agenda, speed.factor)
         launcher = SimulatedLauncher(speed, agenda, kv_bytes_per_token, outcomes.observe, self._desk, self._launched)
-        self.pool = Pool(settings, launcher, self._machine, clock=agenda.clock)
+        self.pool = Pool(settings, launcher, self._machine, clock=agenda.clock, prefix_keys=named_keys)
         self._thresholds_s = (
             settings.policy.idle_timeout_s,
             settings.policy.idle_timeout_s + settings.policy.light_timeout_s,

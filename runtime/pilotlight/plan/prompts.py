@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence as Items
 from typing import Any
 
-from pilotlight.engine.prefix_cache import PrefixCache, Scope
+from pilotlight.engine.policy import Policy
+from pilotlight.engine.prefix_cache import PrefixCache
+from pilotlight.engine.prefix_keys import Scope
 from pilotlight.engine.scheduler import Active
 from pilotlight.plan.trace import Arrival
 from pilotlight.request import Sequence
@@ -109,11 +111,22 @@ class NamedPrefixes(PrefixCache):
     """The engine's prefix cache, whose keys come from the names of a prompt's beginnings instead of its tokens."""
 
     def keys(self, scope: Scope, tokens: Items[int]) -> list[bytes]:
-        if self.max_bytes == 0:
-            return []
         assert isinstance(tokens, Known)
-        ends = range(self.block_tokens, len(tokens), self.block_tokens)
-        return [repr((scope, tokens.prompt.name(end))).encode() for end in ends if end < len(tokens)]
+        return _named(scope, tokens.prompt, len(tokens), self.block_tokens) if self.max_bytes else []
+
+
+def named_keys(sequence: Sequence, policy: Policy) -> list[bytes]:
+    """Return the keys under which these engines keep a prompt's beginnings, for the router."""
+    assert isinstance(sequence.prompt_ids, Prompt)
+    if policy.prefix_cache_bytes == 0:
+        return []
+    tenant = None if policy.share_prefixes else sequence.tenant
+    prompt = sequence.prompt_ids
+    return _named((tenant, sequence.cache_key), prompt, len(prompt), policy.prefix_block_tokens)
+
+
+def _named(scope: Scope, prompt: Prompt, num_tokens: int, block_tokens: int) -> list[bytes]:
+    return [repr((scope, prompt.name(end))).encode() for end in range(block_tokens, num_tokens, block_tokens)]
 
 
 class HeldBytes:

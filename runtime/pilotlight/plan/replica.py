@@ -170,7 +170,9 @@ class SimulatedReplica:
         if self._on_the_way:
             events = self._on_the_way.popleft()
             self._observe(events)
-            self.listener.received(Step(events, self.engine.signals()))
+            prefixes = self.engine.scheduler.prefixes
+            changes, prefixes.changes = prefixes.changes, {}
+            self.listener.received(Step(events, self.engine.signals(), changes or {}))
 
     def _grow(self) -> None:
         if self._grows:
