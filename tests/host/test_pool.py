@@ -16,6 +16,7 @@ from pilotlight.engine.fake import next_token
 from pilotlight.engine.policy import Policy as EnginePolicy
 from pilotlight.errors import Draining, QueueFull, StartFailed
 from pilotlight.host.autoscaler import Policy, Sleep
+from pilotlight.host.journal import MAX_FRUITLESS_MOVES
 from pilotlight.host.machine import Machine
 from pilotlight.host.pool import MAX_KILLED_STARTS, Pool, PoolSettings
 from pilotlight.host.routing import prefix_keys
@@ -152,7 +153,7 @@ async def test_moved_sequences_come_first_and_in_order() -> None:
 async def test_a_sequence_that_gets_nowhere_ends_with_an_error() -> None:
     stage = Stage()
     stage.submit("poison")
-    for number in range(5):
+    for number in range(MAX_FRUITLESS_MOVES):
         stage.launcher.launched[number].start()
         stage.launcher.launched[number].die()
     await stage.settle()

@@ -10,8 +10,9 @@ import msgspec
 from pilotlight.mailbox import TokenStream
 from pilotlight.request import FinishReason, Sequence, Start, TokenEvent
 
-MAX_FRUITLESS_MOVES = 5
-"""A sequence that was moved so often without a new token may be what kills its replicas."""
+MAX_FRUITLESS_MOVES = 8
+"""A sequence that was moved so often without a new token may be what kills its replicas. Fewer can be bad luck: on a
+busy machine, reading a prompt again takes long."""
 
 
 @dataclass(eq=False, slots=True)
