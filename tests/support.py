@@ -17,6 +17,7 @@ from starlette.types import ASGIApp
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from pilotlight.api.app import Api
+from pilotlight.api.attestation import Attester
 from pilotlight.api.idempotency import KeptAnswers
 from pilotlight.api.metrics import Metrics
 from pilotlight.api.response_store import ResponseStore
@@ -47,6 +48,7 @@ from pilotlight.function import Function
 from pilotlight.metering.keyring import Keyring
 from pilotlight.metering.ledger import Ledger
 from pilotlight.metering.prices import PriceTable
+from pilotlight.tee import TeeLabel
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
@@ -143,6 +145,8 @@ async def serving(
     resumes_all_streams: bool = False,
     resume_secret: str = "",
     middleware: Sequence[Callable[[ASGIApp], ASGIApp]] = (),
+    attester: Attester | None = None,
+    tee: TeeLabel = TeeLabel.NONE,
 ) -> AsyncIterator[Serving]:
     session = session or FakeSession(VOCAB_SIZE)
     grammars = Grammars(artifact.tokenizer_path, VOCAB_SIZE, [EOS_ID])
@@ -155,7 +159,14 @@ async def serving(
     ):
         prices = PriceTable.from_config(PRICES)
         function = Function(
-            "toy", artifact, backend, ledger, prices, max_context_tokens=session.max_context_tokens, observer=metrics
+            "toy",
+            artifact,
+            backend,
+            ledger,
+            prices,
+            max_context_tokens=session.max_context_tokens,
+            tee=tee,
+            observer=metrics,
         )
         backend.start()
         kept_answers = KeptAnswers(
@@ -172,6 +183,7 @@ async def serving(
             keyring,
             kept_answers,
             resume_tokens=tokens,
+            attester=attester,
             middleware=middleware,
         ).app()
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)

@@ -49,6 +49,8 @@ COMMANDS = {
     "inspect": "Describe an artifact and verify its checksums.",
     "seal": "Encrypt an artifact for its recipients, and sign it.",
     "keyserver": "Give the keys of sealed artifacts for evidence.",
+    "proxy": "Encrypt a client's prompts for a server that proves itself.",
+    "receipt": "Verify receipts of invocations, offline.",
     "ps": "Show the functions of a running server.",
     "swap": "Serve another artifact under a function's name.",
     "bench": "Measure an artifact's speed, and where the time of a step goes.",

@@ -19,6 +19,8 @@ COMMANDS = {
     "inspect": "inspect",
     "seal": "seal",
     "keyserver": "keyserver",
+    "proxy": "proxy",
+    "receipt": "receipt",
     "ps": "operate",
     "swap": "operate",
     "bench": "bench",

@@ -116,7 +116,8 @@ class ConfidentialSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=Tr
     ``evidence`` is where it comes from; ``simulator`` is the file of the simulated chip, ``certificates`` one (PEM)
     with what the hardware does not give itself, ``tls_certificate`` that of what terminates TLS before this server.
     With ``require_tee`` nothing starts unless the label is ``hardware``. ``encrypted_prompts`` says whether requests
-    with encrypted bodies are taken beside others, or no others.
+    with encrypted bodies are taken beside others, or no others. With ``receipts`` there is one of each invocation at
+    ``/v1/receipts/{request_id}``, signed with ``host.signing_key``.
     """
 
     evidence: Literal["none", "hardware", "simulator"] = "none"
@@ -125,6 +126,7 @@ class ConfidentialSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=Tr
     certificates: str = ""
     tls_certificate: str = ""
     encrypted_prompts: Literal["off", "accepted", "required"] = "off"
+    receipts: bool = False
 
 
 NOT_CONFIDENTIAL = ConfidentialSettings()

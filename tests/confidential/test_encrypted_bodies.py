@@ -219,6 +219,10 @@ def test_a_body_in_clear_is_refused_where_encryption_is_required(run: Runner) ->
         assert response.status_code == 400
         assert response.json()["error"]["code"] == "encryption_required"
         assert (await server.client.get("/v1/models")).status_code == 200
+        kept = await server.client.get("/v1/responses/resp_1")
+        assert kept.json()["error"]["code"] == "encryption_required"
+        cancelled = await server.client.post("/v1/requests/nobody/cancel")
+        assert cancelled.status_code == 404
 
     run(scenario)
 

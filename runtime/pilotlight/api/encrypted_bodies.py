@@ -6,6 +6,7 @@ otherwise. A body is read frame by frame, and no text of a frame is passed on th
 
 from __future__ import annotations
 
+import re
 from collections import deque
 
 import msgspec
@@ -33,7 +34,8 @@ from pilotlight.confidential.ehbp import (
 from pilotlight.errors import PilotlightError
 
 PROBLEM_TYPE = "application/problem+json"
-PROMPT_PATHS = "/v1/"
+CONTENT_PATHS = re.compile(r"POST /v1/(?!requests/)|GET /v1/responses/")
+"""What takes or gives content: all that is posted but a cancellation, and the responses that are kept."""
 
 
 class EncryptionRequired(PilotlightError):
@@ -95,7 +97,7 @@ class EncryptedBodies:
         await self._app({**scope, STRAIGHT_SEND: answer.send}, body.receive, answer.send)
 
     async def _in_clear(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self._required and scope["method"] == "POST" and scope["path"].startswith(PROMPT_PATHS):
+        if self._required and CONTENT_PATHS.match(f"{scope['method']} {scope['path']}"):
             await error_response(EncryptionRequired(), scope)(scope, receive, send)
             return
         await self._app(scope, receive, send)

@@ -34,8 +34,9 @@ ANYTHING = Policy(
 class Attester:
     """Makes evidence for whoever asks. ``keys`` are this process's; the manifest's digest comes with each call."""
 
-    def __init__(self, source: Source, keys: Bindings, label: TeeLabel) -> None:
+    def __init__(self, source: Source, keys: Bindings, label: TeeLabel, roots: Roots = VENDORS) -> None:
         self.label = label
+        self.roots = roots
         self._source = source
         self._keys = keys
 
@@ -48,7 +49,7 @@ class Attester:
             EvidenceUnavailable: the source gives nothing.
         """
         source, roots = open_source(settings)
-        return cls(source, keys, self_appraisal(source, roots, datetime.now(UTC)).label)
+        return cls(source, keys, self_appraisal(source, roots, datetime.now(UTC)).label, roots)
 
     def take_hpke_key(self, key: bytes) -> None:
         """Bind evidence to another key of encrypted requests from now on."""

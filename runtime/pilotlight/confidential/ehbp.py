@@ -35,8 +35,8 @@ RESPONSE_NONCE = "ehbp-response-nonce"
 KEY_PROBLEM = "urn:ietf:params:ehbp:error:key-config"
 NUM_NONCE_BYTES = 32
 MAX_FRAME_BYTES = 64 * 1024 * 1024
-MAX_SEEN = 1 << 20
-"""Requests that one key takes. Their 32 MB bound the memory of the replay protection; then there is another key."""
+MAX_SEEN = 1 << 18
+"""Requests that one key takes; then there is another key. So the replay protection has 30 MB at most."""
 
 _KEM, _KDF, _AEAD = 0x0020, 0x0001, 0x0002
 _CONFIG = struct.Struct(">BH32sHHH")

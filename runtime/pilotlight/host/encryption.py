@@ -1,4 +1,4 @@
-"""Encrypted prompts, where the settings ask for them; nothing is loaded for them otherwise."""
+"""Encrypted prompts and receipts, where the settings ask for them; nothing is loaded for them otherwise."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from starlette.types import ASGIApp
 from pilotlight.api.attestation import Attester
 from pilotlight.config import HostSettings, Settings
 from pilotlight.errors import ConfigError
+from pilotlight.function import UsageLedger
+from pilotlight.metering.signing import Signer
 
 if TYPE_CHECKING:
     from pilotlight.confidential.ehbp import ServerKey
@@ -54,3 +56,25 @@ def open_encryption(settings: Settings) -> Encryption | None:
     from pilotlight.confidential.ehbp import ServerKey
 
     return Encryption(ServerKey(), settings.host.max_body_bytes, required=wanted == "required")
+
+
+def open_receipts(
+    settings: Settings, signer: Signer | None, ledger: UsageLedger, attester: Attester | None
+) -> Callable[[ASGIApp], ASGIApp] | None:
+    """Return the middleware that makes receipts, where they are wanted.
+
+    Raises:
+        ConfigError: there is no key to sign them with, or the extra is not installed.
+    """
+    if not settings.confidential.receipts:
+        return None
+    if signer is None:
+        raise ConfigError("confidential.receipts needs host.signing_key; make one with: pilotlight keys signing FILE")
+    from pilotlight.confidential.extra import require_extra
+
+    require_extra()
+    from pilotlight.api.receipts import Receipts
+    from pilotlight.confidential.issuer import Issuer
+    from pilotlight.confidential.pins import VENDORS
+
+    return partial(Receipts, issuer=Issuer(signer, ledger.get, attester, getattr(attester, "roots", VENDORS)))

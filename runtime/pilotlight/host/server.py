@@ -23,7 +23,7 @@ from pilotlight.function import Function
 from pilotlight.host.attesting import open_attester
 from pilotlight.host.courier import Courier
 from pilotlight.host.deployments import Deployments, Version
-from pilotlight.host.encryption import open_encryption
+from pilotlight.host.encryption import open_encryption, open_receipts
 from pilotlight.host.launcher import ZygoteLauncher
 from pilotlight.host.machine import Machine
 from pilotlight.host.pooled import Surroundings, cache_dir, open_pooled
@@ -87,7 +87,10 @@ async def _serve(settings: Settings, on_ready: OnReady) -> None:
                 pool.act()
                 _meter_replicas(meter, name, of_function, functions)
             metrics.watch(functions)
-            middleware = () if encryption is None else (encryption.middleware(attester),)
+            around_bodies = (
+                None if encryption is None else encryption.middleware(attester),
+                open_receipts(settings, signer_of(host), ledger, attester),
+            )
             app = Api(
                 functions,
                 ledger,
@@ -99,7 +102,7 @@ async def _serve(settings: Settings, on_ready: OnReady) -> None:
                 control,
                 attester,
                 resume_tokens(host),
-                middleware,
+                [one for one in around_bodies if one is not None],
             ).app()
             launcher.start()
             ticks = asyncio.create_task(machine.run())

@@ -10,7 +10,7 @@ import base64
 import hashlib
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
@@ -20,6 +20,9 @@ from pilotlight.metering.record import UsageRecord
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
     from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+
+T = TypeVar("T")
 
 
 class NotAReceipt(PilotlightError):
@@ -42,6 +45,10 @@ class Signer:
             ConfigError: cryptography is not installed, or there is no Ed25519 key.
         """
         return cls(read_signing_key(path))
+
+    def sign_bytes(self, content: bytes) -> bytes:
+        """Return the bare signature of something that has a form of its own."""
+        return self._key.sign(content)
 
     def sign(self, record: str) -> str:
         """Return header and signature of a record, with a dot between them."""
@@ -70,16 +77,24 @@ class Verifier:
         Raises:
             NotAReceipt: it is malformed, was altered, or was signed with another key.
         """
+        return self.verify_content(receipt, UsageRecord)
+
+    def verify_content(self, receipt: str, kind: type[T]) -> T:
+        """Return what was signed, which has to be of this kind.
+
+        Raises:
+            NotAReceipt: it is malformed, was altered, or was signed with another key.
+        """
         from cryptography.exceptions import InvalidSignature
 
         try:
             header, payload, signature = receipt.split(".")
             algorithm = msgspec.json.decode(_decoded(header))["alg"]
             self._key.verify(_decoded(signature), f"{header}.{payload}".encode())
-            record = msgspec.json.decode(_decoded(payload), type=UsageRecord)
+            record = msgspec.json.decode(_decoded(payload), type=kind)
         except InvalidSignature as error:
             raise NotAReceipt("was altered, or signed with another key") from error
-        except (ValueError, KeyError, TypeError, msgspec.MsgspecError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError, msgspec.MsgspecError) as error:
             raise NotAReceipt("is not a receipt") from error
         if algorithm != "EdDSA":
             raise NotAReceipt(f"is signed by {algorithm!r}, not by EdDSA")
