@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cache
-from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
 from pilotlight.artifact import Artifact, open_artifact
-from support import export_artifact, write_artifact
+from support import DEMO_MODEL, export_artifact, write_artifact
 
 settings.register_profile("untimed", deadline=None)  # an example may take long on a busy machine
 settings.load_profile("untimed")
-
-DEMO_MODEL = Path(__file__).parent.parent / "models" / "demo" / "model"
 
 
 @pytest.fixture(scope="session")

@@ -54,6 +54,7 @@ CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+DEMO_MODEL = Path(__file__).parent.parent / "models" / "demo" / "model"
 VOCAB_SIZE = 258
 EOS_ID = 257
 MAX_BODY_BYTES = 100_000

@@ -12,24 +12,12 @@ import pytest
 from anthropic.types import MessageParam, TextBlock, ToolParam, ToolUseBlock
 
 from corpus import held_out_turns
-from pilotlight.artifact import Artifact
 from pilotlight.metering.ledger_reader import LedgerReader
 from pilotlight.metering.record import UsageRecord
 from pilotlight.request import FinishReason
-from support import ServerProcess, server_process
+from support import ServerProcess
 
 pytestmark = [pytest.mark.e2e, pytest.mark.model]
-
-
-@pytest.fixture(scope="module")
-def ledger(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("server") / "usage.db"
-
-
-@pytest.fixture(scope="module")
-def server(demo_int4: Artifact, ledger: Path) -> Iterator[ServerProcess]:
-    with server_process(demo_int4.path, ledger) as server:
-        yield server
 
 
 @pytest.fixture

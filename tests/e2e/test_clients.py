@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,9 @@ import openai
 import pytest
 from pydantic import BaseModel
 
-from pilotlight.artifact import Artifact
 from pilotlight.metering.ledger_reader import LedgerReader
 from pilotlight.request import FinishReason
-from support import ServerProcess, server_process
+from support import ServerProcess
 
 pytestmark = [pytest.mark.e2e, pytest.mark.model]
 ROOT = Path(__file__).parents[2]
@@ -44,23 +42,6 @@ TOOL: Any = {
 class Sum(BaseModel):
     total: int
     parts: tuple[bool, bool]
-
-
-@pytest.fixture(scope="module")
-def ledger(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("clients") / "usage.db"
-
-
-@pytest.fixture(scope="module")
-def server(demo_int4: Artifact, ledger: Path) -> Iterator[ServerProcess]:
-    with server_process(demo_int4.path, ledger) as server:
-        yield server
-
-
-@pytest.fixture
-def client(server: ServerProcess) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-        yield client
 
 
 def test_openai_parses_structured_answers(client: openai.OpenAI) -> None:

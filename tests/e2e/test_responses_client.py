@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -13,30 +12,12 @@ import pytest
 from openai.types.responses import Response, ResponseCompletedEvent
 
 from corpus import held_out_turns
-from pilotlight.artifact import Artifact
 from pilotlight.metering.ledger_reader import LedgerReader
 from pilotlight.metering.record import UsageRecord
 from pilotlight.request import FinishReason
-from support import ServerProcess, server_process
+from support import ServerProcess
 
 pytestmark = [pytest.mark.e2e, pytest.mark.model]
-
-
-@pytest.fixture(scope="module")
-def ledger(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("server") / "usage.db"
-
-
-@pytest.fixture(scope="module")
-def server(demo_int4: Artifact, ledger: Path) -> Iterator[ServerProcess]:
-    with server_process(demo_int4.path, ledger) as server:
-        yield server
-
-
-@pytest.fixture
-def client(server: ServerProcess) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-        yield client
 
 
 def record_of(ledger: Path, response_id: str, server: ServerProcess) -> UsageRecord:

@@ -7,16 +7,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from pilotlight.artifact import Artifact
 from pilotlight.metering.ledger_reader import LedgerReader
-from support import ServerProcess, server_process
+from support import ServerProcess
 
 pytestmark = [
     pytest.mark.e2e,
@@ -31,17 +29,6 @@ CHECKS = (
 GENERATING = ("ChatBody", "TextBody", "MessagesBody", "CountTokensBody", "ResponsesBody")
 ONCE_ONLY = ("x-request-id", "idempotency-key", "last-event-id")
 """Headers that make all but the first request under a value a conflict; other operations are still asked with them."""
-
-
-@pytest.fixture(scope="module")
-def ledger(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("server") / "usage.db"
-
-
-@pytest.fixture(scope="module")
-def server(demo_int4: Artifact, ledger: Path) -> Iterator[ServerProcess]:
-    with server_process(demo_int4.path, ledger) as server:
-        yield server
 
 
 def narrowed(document: dict[str, Any]) -> dict[str, Any]:

@@ -8,8 +8,7 @@ from typing import Any
 import openai
 import pytest
 
-from conftest import DEMO_MODEL
-from support import export_artifact, server_process
+from support import DEMO_MODEL, export_artifact, server_process
 
 pytestmark = [pytest.mark.e2e, pytest.mark.model]
 

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from conftest import DEMO_MODEL
 from corpus import TASKS, held_out_turns, training_turns
 from engine_support import generate
 from pilotlight.artifact import Artifact
 from pilotlight.engine.policy import Policy
 from pilotlight.engine.session import OnnxSession
 from pilotlight.request import SamplingParams, Sequence
+from support import DEMO_MODEL
 
 pytestmark = pytest.mark.model
 
