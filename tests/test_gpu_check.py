@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 import gpu_check
-from conftest import DEMO_MODEL
 from gpu_measure import Figures, copies_of, copies_the_cache, step_bytes
 from gpu_parity import Parity, compare
 from gpu_report import Checked, Report
 from pilotlight.artifact import Artifact
 from pilotlight.engine.hbm import kv_bytes_per_token, weights_bytes
+from support import DEMO_MODEL
 
 
 def test_without_a_gpu_it_is_skipped(
