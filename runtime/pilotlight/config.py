@@ -114,16 +114,18 @@ class ConfidentialSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=Tr
     """``[confidential]``: what proves where the functions run (docs/confidential.md).
 
     ``evidence`` is where it comes from; ``simulator`` is the file of the simulated chip, ``certificates`` one (PEM)
-    with what the hardware does not give itself, ``tls_certificate`` that of what terminates TLS before this server.
-    With ``require_tee`` nothing starts unless the label is ``hardware``. ``encrypted_prompts`` says whether requests
-    with encrypted bodies are taken beside others, or no others. With ``receipts`` there is one of each invocation at
-    ``/v1/receipts/{request_id}``, signed with ``host.signing_key``.
+    with what the hardware does not give itself, ``collateral`` names files of what vendors publish and renew,
+    ``tls_certificate`` that of what terminates TLS before this server. With ``require_tee`` nothing starts unless the
+    label is ``hardware``. ``encrypted_prompts`` says whether requests with encrypted bodies are taken beside others, or
+    no others. With ``receipts`` there is one of each invocation at ``/v1/receipts/{request_id}``, signed with
+    ``host.signing_key``.
     """
 
     evidence: Literal["none", "hardware", "simulator"] = "none"
     require_tee: bool = False
     simulator: str = "~/.cache/pilotlight/simulator.pem"
     certificates: str = ""
+    collateral: dict[Literal["crl", "tdx", "driver_rim", "vbios_rim"], str] = {}
     tls_certificate: str = ""
     encrypted_prompts: Literal["off", "accepted", "required"] = "off"
     receipts: bool = False

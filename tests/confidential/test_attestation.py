@@ -25,7 +25,9 @@ from pilotlight.confidential.attested import appraise_attestation
 from pilotlight.confidential.attester import Attester, bound_keys, self_appraisal
 from pilotlight.confidential.binding import Bindings
 from pilotlight.confidential.pins import VENDORS
+from pilotlight.confidential.simulated_gpu import SimulatedGpus
 from pilotlight.confidential.simulator import Simulator
+from pilotlight.confidential.sources import Completed, Composite
 from pilotlight.config import ConfidentialSettings, HostSettings, Settings
 from pilotlight.errors import ConfigError, EvidenceUnavailable
 from pilotlight.host.attesting import open_attester
@@ -242,3 +244,26 @@ def test_keys_of_a_host_are_bound(tmp_path: Path, simulator: Simulator) -> None:
     ):
         with pytest.raises(ConfigError):
             bound_keys(bad, b"h" * 32)
+
+
+def test_evidence_is_completed_by_files_that_others_renew(tmp_path: Path, simulator: Simulator) -> None:
+    for name in ("crl", "driver_rim", "tdx"):
+        (tmp_path / name).write_bytes(name.encode())
+    gpus = SimulatedGpus(1)
+    source = Completed(Composite(simulator, gpus), {name: tmp_path / name for name in ("crl", "driver_rim", "tdx")})
+    evidence = source.attest(bytes(64))
+    assert evidence.collateral == {"crl": b"crl"}
+    assert evidence.devices[0].collateral == {"driver_rim": b"driver_rim"}
+    (tmp_path / "crl").write_bytes(b"renewed")
+    assert source.attest(bytes(64)).collateral == {"crl": b"renewed"}
+    (tmp_path / "crl").unlink()
+    with pytest.raises(EvidenceUnavailable, match="crl: No such file"):
+        source.attest(bytes(64))
+
+
+def test_collateral_that_does_not_hold_leaves_no_label(tmp_path: Path) -> None:
+    (tmp_path / "crl").write_bytes(b"no list of revocations")
+    chip = str(tmp_path / "chip.pem")
+    opened = open_attester(settings_of(evidence="simulator", simulator=chip, collateral={"crl": str(tmp_path / "crl")}))
+    assert opened is not None
+    assert opened.label is TeeLabel.NONE

@@ -19,7 +19,7 @@ from pilotlight.confidential.binding import NO_PART, NUM_REPORT_DATA_BYTES, Bind
 from pilotlight.confidential.chain import fingerprint, load_pem
 from pilotlight.confidential.pins import VENDORS
 from pilotlight.confidential.simulator import Simulator
-from pilotlight.confidential.sources import Source, detect
+from pilotlight.confidential.sources import Completed, Source, detect
 from pilotlight.confidential.verify import appraise
 from pilotlight.config import ConfidentialSettings, Settings
 from pilotlight.errors import ConfigError
@@ -88,11 +88,17 @@ def self_appraisal(source: Source, roots: Roots, at: datetime) -> Appraisal:
 
 
 def open_source(settings: ConfidentialSettings) -> tuple[Source, Roots]:
-    """Open the source of evidence that the settings name.
+    """Open the source of evidence that the settings name, and whom to trust with it.
 
     Raises:
         ConfigError: there is no such source here.
     """
+    source, roots = _bare_source(settings)
+    files = {str(name): Path(path).expanduser() for name, path in settings.collateral.items()}
+    return Completed(source, files) if files else source, roots
+
+
+def _bare_source(settings: ConfidentialSettings) -> tuple[Source, Roots]:
     if settings.evidence == "none":
         raise ConfigError("this needs evidence, and confidential.evidence is 'none'")
     if settings.evidence == "simulator":

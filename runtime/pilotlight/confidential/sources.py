@@ -13,7 +13,7 @@ import fcntl
 import os
 import secrets
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +27,14 @@ SEV_GUEST = Path("/dev/sev-guest")
 NSM = Path("/dev/nsm")
 MAX_ATTEMPTS = 3
 NUM_SNP_REPORT_BYTES = 1184
+COLLATERAL = {
+    Kind.SEV_SNP: ("crl",),
+    Kind.TDX: ("tdx",),
+    Kind.NVIDIA_GPU: ("driver_rim", "vbios_rim"),
+    Kind.SIMULATED: ("crl",),
+    Kind.SIMULATED_GPU: ("driver_rim", "vbios_rim"),
+}
+"""What each kind of evidence can be completed by."""
 
 
 class Source(Protocol):
@@ -53,6 +61,26 @@ class Composite:
     def attest(self, report_data: bytes) -> Evidence:
         evidence = self._cpu.attest(report_data)
         return replace(evidence, devices=self._gpus.attest_devices(device_nonce(report_data)))
+
+
+class Completed:
+    """A source whose evidence is completed by what vendors publish, from files that somebody else renews."""
+
+    def __init__(self, source: Source, files: Mapping[str, Path]) -> None:
+        self._source = source
+        self._files = files
+
+    def attest(self, report_data: bytes) -> Evidence:
+        evidence = self._completed(self._source.attest(report_data))
+        return replace(evidence, devices=tuple(self._completed(device) for device in evidence.devices))
+
+    def _completed(self, evidence: Evidence) -> Evidence:
+        names = [name for name in COLLATERAL.get(evidence.kind, ()) if name in self._files]
+        try:
+            found = {name: self._files[name].read_bytes() for name in names}
+        except OSError as error:
+            raise EvidenceUnavailable(f"{error.filename}: {os.strerror(error.errno or 0)}") from error
+        return replace(evidence, collateral={**evidence.collateral, **found})
 
 
 def detect(certificates: bytes = b"") -> Source | None:
