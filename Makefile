@@ -73,6 +73,14 @@ else
 	@$(PIP) wheel --no-deps --wheel-dir dist .
 endif
 
+sam-validate: .venv-sam/bin/sam  ## check the SAM template with AWS's own tool, in a virtual environment of its own
+	@SAM_CLI_TELEMETRY=0 AWS_DEFAULT_REGION=us-east-1 .venv-sam/bin/sam validate --lint --template infra/lambda/template.yaml
+
+# its pins and ours cannot be in one environment
+.venv-sam/bin/sam:
+	@$(PYTHON) -m venv .venv-sam
+	@.venv-sam/bin/pip install --quiet --disable-pip-version-check aws-sam-cli
+
 clean:  ## remove everything that was built here
 	rm -rf $(VENV) artifacts dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
@@ -87,4 +95,4 @@ $(VENV)/ready: pyproject.toml
 	@$(PIP) install --editable '.[cpu,export,dev]'
 	@touch $@
 
-.PHONY: help demo test soak check export bench gpu-check deploy-modal demo-model package clean
+.PHONY: help demo test soak check export bench gpu-check deploy-modal demo-model package sam-validate clean

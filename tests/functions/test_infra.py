@@ -19,6 +19,7 @@ from pilotlight.metering.dynamodb_ledger import OPEN_INDEX
 ROOT = Path(__file__).parents[2]
 INFRA = ROOT / "infra" / "lambda"
 TERRAFORM = shutil.which("terraform")
+SAM = shutil.which("sam") or shutil.which("sam", path=str(ROOT / ".venv-sam" / "bin"))
 
 
 def run(*command: str, cwd: Path = ROOT, timeout_s: int = 120) -> subprocess.CompletedProcess[str]:
@@ -28,6 +29,23 @@ def run(*command: str, cwd: Path = ROOT, timeout_s: int = 120) -> subprocess.Com
 def test_cfn_lint_accepts_the_sam_template() -> None:
     done = run(str(Path(sys.executable).with_name("cfn-lint")), str(INFRA / "template.yaml"))
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(SAM is None, reason="there is no sam; make sam-validate installs it into .venv-sam")
+def test_sam_accepts_the_template(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert SAM is not None
+    monkeypatch.setenv("SAM_CLI_TELEMETRY", "0")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    done = run(SAM, "validate", "--lint", "--template", str(INFRA / "template.yaml"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "is a valid SAM Template" in done.stdout
+
+
+def test_both_templates_set_what_the_function_reads() -> None:
+    for template in (INFRA / "template.yaml", INFRA / "terraform" / "main.tf"):
+        named = set(re.findall(r"PILOTLIGHT_\w+", template.read_text()))
+        read = {"ARTIFACT", "LEDGER_TABLE", "REQUIRE_KEYS", "RESUME_SECRET"}
+        assert named == {f"PILOTLIGHT_{name}" for name in read}
 
 
 def test_both_templates_make_the_index_that_the_ledger_reads() -> None:
