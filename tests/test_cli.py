@@ -54,6 +54,7 @@ COMMANDS = {
     "ps": "Show the functions of a running server.",
     "swap": "Serve another artifact under a function's name.",
     "bench": "Measure an artifact's speed, and where the time of a step goes.",
+    "plan": "Say what a trace would cost on different machines.",
     "usage": "Show what was used and what it cost.",
     "keys": "Make, list, end and renew API keys.",
 }

@@ -54,7 +54,7 @@ def _limits(command: Any) -> Any:
     return command
 
 
-@click.command(short_help="Say what a trace would cost, and how long it would wait, on different machines.")
+@click.command(short_help="Say what a trace would cost on different machines.")
 @click.option("--trace", type=click.Path(path_type=Path), required=True, help="Requests over time, CSV or JSON lines.")
 @click.option(
     "--rates", type=click.Path(path_type=Path), required=True, help="From `pilotlight bench ARTIFACT --rates`."
