@@ -202,9 +202,11 @@ class SimulatedEngine:
         num_steps = 1 << 30
         scheduler, budget = self.scheduler, self.scheduler.policy.kv_budget_tokens
         for active in plan.decode:
-            num_steps = min(num_steps, active.sequence.max_new_tokens - active.num_generated)
-            if active.replays:
+            assert isinstance(active, SimulatedActive)
+            if active.tokens.num_tokens - active.num_cached > 1:  # it replays
                 return 1
+            if (num_left := active.num_left) < num_steps:
+                num_steps = num_left
         if (chunk := plan.prefill) is not None:
             if chunk.past_tokens == 0 or (plan.decode and scheduler.policy.max_inter_token_ms is not None):
                 return 1
@@ -255,7 +257,7 @@ class SimulatedEngine:
             else:
                 active.advance(run.num_steps)
                 scheduler.waiting.charge(active.tenant, run.num_steps)
-            if active.num_generated >= active.sequence.max_new_tokens and not active.replays:
+            if active.num_left == 0 and not active.replays:
                 ended.append(active)
         self._observe(run)
         if plan.prefill is not None:

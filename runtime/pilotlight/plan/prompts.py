@@ -88,18 +88,24 @@ class Known(list[int]):
 class SimulatedActive(Active):
     """The scheduler's own record of a sequence, over counted tokens."""
 
-    __slots__ = ("began_at",)
+    __slots__ = ("began_at", "max_tokens")
 
     tokens: TokenCount
 
     def __init__(self, sequence: Sequence) -> None:
         super().__init__(sequence)
         self.began_at: float | None = None
+        self.max_tokens = len(sequence.prompt_ids) + sequence.max_new_tokens
 
     def __post_init__(self) -> None:
         prompt = self.sequence.prompt_ids
         assert isinstance(prompt, Prompt)
         self.tokens = TokenCount(len(prompt) + len(self.sequence.emitted_ids), prompt)
+
+    @property
+    def num_left(self) -> int:
+        """How many tokens its answer may still get."""
+        return self.max_tokens - self.tokens.num_tokens
 
     def advance(self, num_tokens: int) -> None:
         """Take over so many decode steps, each of which gave a new token."""
