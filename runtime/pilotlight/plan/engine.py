@@ -201,6 +201,8 @@ class SimulatedEngine:
             return 1
         num_steps = 1 << 30
         scheduler, budget = self.scheduler, self.scheduler.policy.kv_budget_tokens
+        if scheduler.waiting and plan.prefill is None and len(plan.decode) < scheduler.num_slots:
+            return 1  # the budget keeps somebody out, and whose turn it is next may change with every token paid
         for active in plan.decode:
             assert isinstance(active, SimulatedActive)
             if active.tokens.num_tokens - active.num_cached > 1:  # it replays

@@ -63,7 +63,7 @@ class Speed:
 
 @dataclass(eq=False, slots=True)
 class Life:
-    """How long a replica lived, from the wish for it to its end, and how long of that it had work."""
+    """How long a replica lived, from the wish for it to its end, and on what kind of machine."""
 
     asked_at: float
     on_spot: bool = False
