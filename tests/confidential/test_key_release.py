@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import boto3
 import httpx
 import pytest
 from asn1crypto import algos, cms, core
@@ -23,11 +24,12 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 from hypothesis import given
 from hypothesis import strategies as st
 from joserfc.jwk import ECKey, RSAKey
+from moto import mock_aws
 
 from evidence_files import evidence_file
 from pilotlight.artifact import Artifact
 from pilotlight.confidential.appraisal import Evidence, Kind, Policy
-from pilotlight.confidential.aws import AwsKms, open_enveloped
+from pilotlight.confidential.aws import AwsKms, encrypt_at_aws, open_enveloped
 from pilotlight.confidential.azure import SecureKeyRelease
 from pilotlight.confidential.kbs import GuestService, KeyBroker, runtime_hash
 from pilotlight.confidential.key_release import KeyNotReleased, Unsealing
@@ -371,6 +373,22 @@ def test_aws_answers_to_the_key_in_the_document() -> None:
     recipient = Recipient("aws", arn, base64.b64encode(b"blob").decode())
     assert AwsKms(lambda public: public, decrypt).release(sealed_for(recipient)) == KEY
     assert asked[0][:2] == (arn, b"blob")
+
+
+def test_aws_encrypts_at_sealing_time_and_a_refusal_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    with mock_aws():
+        kms = boto3.client("kms", region_name="eu-central-1")
+        arn = kms.create_key()["KeyMetadata"]["Arn"]
+        blob = encrypt_at_aws(arn, KEY)
+        assert blob != KEY
+        assert kms.decrypt(CiphertextBlob=blob)["Plaintext"] == KEY
+        with pytest.raises(ConfigError, match="AWS KMS does not encrypt"):
+            encrypt_at_aws(arn[:-1] + ("0" if arn[-1] != "0" else "1"), KEY)
+        recipient = Recipient("aws", arn, base64.b64encode(blob).decode())
+        with pytest.raises(KeyNotReleased, match="AWS KMS does not release"):  # moto knows no recipients
+            AwsKms(lambda public: public).release(sealed_for(recipient))
 
 
 def test_the_sample_of_aws_is_read_and_is_not_for_us(vault_key: rsa.RSAPrivateKey) -> None:

@@ -32,7 +32,7 @@ from pilotlight.confidential.ehbp import ServerKey
 from pilotlight.confidential.issuer import Issuer
 from pilotlight.confidential.pins import VENDORS
 from pilotlight.confidential.proxy import PROVE_AGAIN_AFTER_S, Proxy
-from pilotlight.confidential.receipts import Exchange, ReceiptRefused, verify_by_evidence, verify_receipt
+from pilotlight.confidential.receipts import Exchange, ReceiptRefused, issue, verify_by_evidence, verify_receipt
 from pilotlight.confidential.remote import RemotePolicy, prove
 from pilotlight.confidential.simulator import MEASUREMENT, Simulator
 from pilotlight.errors import PilotlightError
@@ -372,3 +372,19 @@ def test_the_label_in_a_receipt_is_that_of_its_evidence(a_receipt: bytes, simula
     assert verify_receipt(forged, key).tee is TeeLabel.HARDWARE
     with pytest.raises(ReceiptRefused, match="says hardware"):
         verify_by_evidence(forged, policy_for(simulator))
+
+
+def test_a_receipt_without_evidence_needs_the_key(a_receipt: bytes, simulator: Simulator) -> None:
+    """Where there is no trusted execution environment, a receipt says so, and is signed all the same."""
+    key = SIGNING_KEY.public_key()
+    record = msgspec.structs.replace(verify_receipt(a_receipt, key).record, tee=TeeLabel.NONE)
+    exchange = Exchange.of(b"question")
+    exchange.received(b"answer")
+    receipt = issue(record, exchange, Signer(SIGNING_KEY), None, 1)
+    profile = verify_receipt(receipt, key, exchange)
+    assert (profile.tee, profile.evidence_digest, profile.air_sha256) == (TeeLabel.NONE, None, None)
+    with pytest.raises(ReceiptRefused, match="no evidence"):
+        verify_by_evidence(receipt, policy_for(simulator))
+    air = json.loads(a_receipt)["air"]
+    with pytest.raises(ReceiptRefused, match="AIR"):
+        verify_receipt(json.dumps({**json.loads(receipt), "air": air}).encode(), key)
