@@ -55,11 +55,32 @@ def prompts(count: int, vocab_size: int, seed: int = 1) -> list[tuple[int, ...]]
 def test_tokens_are_those_of_the_host(there: DeviceSession, here: OnnxSession, sampling: SamplingParams) -> None:
     vocab_size = 300
     many = [
-        Sequence(f"s{index}", prompt, 30, frozenset(), sampling)
-        for index, prompt in enumerate(prompts(14, vocab_size, seed=sampling.seed))
+        Sequence(f"s{index}", prompt, 20, frozenset(), sampling)
+        for index, prompt in enumerate(prompts(10, vocab_size, seed=sampling.seed))
     ]
     joins = [random.Random(2).randrange(9) for _ in many]
     assert generate(there, many, joins) == generate(here, many, joins)
+
+
+@pytest.mark.model
+def test_sixty_four_streams_are_what_each_is_alone(
+    demo_fp32: Artifact, here: OnnxSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many = [
+        Sequence(f"s{index}", prompt[:4], 100, frozenset(), SamplingParams(temperature=0.0))
+        for index, prompt in enumerate(prompts(70, 300))
+    ]
+    session = DeviceSession(demo_fp32, 64, 128, CPU)
+    largest: list[int] = []
+    decode = session.decode
+
+    def noting(token_ids: Any, *rest: Any) -> Any:
+        largest.append(len(token_ids))
+        return decode(token_ids, *rest)
+
+    monkeypatch.setattr(session, "decode", noting)
+    assert generate(session, many, policy=Policy(max_chunk_tokens=64)) == generate(here, many)
+    assert max(largest) == 64
 
 
 @pytest.mark.model
