@@ -154,6 +154,29 @@ def test_a_snapshot_is_taken_after_the_load_and_a_copy_is_another_replica(demo_i
     assert (record["replica_id"], record["cold_start_ms"]) == (restored["replica_id"], 0.0)
 
 
+def test_another_sandbox_goes_on_after_the_deadline(demo_fp32: Artifact, tmp_path: Path) -> None:
+    """The real model: greedy, cut off by the platform's deadline some milliseconds in, and the same tokens in all."""
+    story = {"messages": user("Tell me a story about Mira."), "max_tokens": 300, "temperature": 0, "stream": True}
+    request = {"model": demo_fp32.path.name, "ignore_eos": True, "return_token_ids": True, **story}
+    secret = {"PILOTLIGHT_RESUME_SECRET": "a secret of all sandboxes"}
+    path = "/v1/chat/completions"
+
+    def chosen(frames: list[dict[str, Any]]) -> list[int]:
+        return [token for frame in frames for choice in frame["choices"] for token in choice.get("token_ids", [])]
+
+    with fake_runtime_api() as platform, bootstrap(platform, demo_fp32.path, tmp_path / "one.db", **secret) as process:
+        logged(process, "started")
+        whole = events(platform.invoke_http("POST", path, request).http()[1])
+        first = events(platform.invoke_http("POST", path, request, left_s=1.03).http()[1])
+    last = first[-1]
+    assert last["choices"][0]["finish_reason"] == "length"
+    continued = {**request, "resume_token": last["usage"]["pilotlight"]["resume_token"]}
+    with fake_runtime_api() as platform, bootstrap(platform, demo_fp32.path, tmp_path / "two.db", **secret):
+        rest = events(platform.invoke_http("POST", path, continued).http()[1])
+    assert len(chosen(first)) < 300
+    assert chosen(first) + chosen(rest) == chosen(whole)
+
+
 def test_a_killed_function_leaves_a_crashed_record(demo_int4: Artifact, tmp_path: Path) -> None:
     path = tmp_path / "usage.db"
     request = {"model": demo_int4.path.name, "prompt": "Once", "max_tokens": 500, "ignore_eos": True, "stream": True}
