@@ -50,7 +50,7 @@ TTFT_BYTES = b"data: {"
 
 @dataclass(frozen=True)
 class Segment:
-    """What is replayed, and by which function. ``held_out``: nobody looked at it while the model was made."""
+    """What is replayed, and by which function. ``held_out``: it was first replayed when the model was finished."""
 
     name: str
     trace: str
@@ -69,7 +69,7 @@ SEGMENTS = {
     for one in (
         Segment("code-a", CODE, _code(1350, 100, 1.25), "deep", 0.5, held_out=False),
         Segment("code-b", CODE, _code(1900, 100, 1.25), "light", 0.5, held_out=True),
-        Segment("chat", CHAT, Scaling(600, 120, None, 1.7, 1 / 32, 1 / 8, CONTEXT, 96), "light", 0.5, held_out=True),
+        Segment("chat", CHAT, Scaling(600, 120, None, 1.7, 1 / 32, 1 / 8, CONTEXT, 96), "light", 0.5, held_out=False),
     )
 }
 
