@@ -42,7 +42,7 @@ from pilotlight.tee import TeeLabel
 NOW = utc("2026-11-01")
 ANYTHING = Policy(any_measurement=True, allow_debug=True)
 ANY_KIND = Policy(kinds=frozenset(Kind), any_measurement=True, allow_debug=True, device=ANY_GPU)
-QUICK, LONG = 15, 5_000
+QUICK, LONG = 15, 1_500
 EXACT = ("snp-milan", "snp-genoa", "nitro")
 """Evidence of which every bit counts: no mutation of it may be accepted."""
 
