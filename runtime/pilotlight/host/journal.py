@@ -29,6 +29,8 @@ class Entry:
     aborted: bool = False
     cold: bool = False
     start: Start | None = None
+    epoch: int = 0
+    """How often it was moved. What an earlier epoch still says is not part of the answer."""
 
     @property
     def num_prefill_tokens(self) -> int:
@@ -51,10 +53,15 @@ class Entry:
 
     def moved(self, had_slot: bool) -> None:
         """Note that its replica is gone. One that had no slot yet cannot have been the cause."""
+        self.epoch += 1
         self.num_fruitless_moves += had_slot
         if self.emitted_ids:
             self.num_recomputed_tokens += self.num_prefill_tokens
         self.dispatched_at = None
+
+    def accepts(self, epoch: int, position: int) -> bool:
+        """Say whether tokens from ``position`` on, computed in an ``epoch``, are the next ones of the answer."""
+        return epoch == self.epoch and position == len(self.emitted_ids)
 
     def deliver(self, event: TokenEvent, replica_id: str) -> None:
         """Note an event and pass it on. The first one also says where it comes from, and what it had to wait for."""
