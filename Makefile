@@ -30,6 +30,13 @@ clients: $(VENV)/ready  ## install the clients that the end-to-end tests run in 
 	@command -v npm > /dev/null && npm install --silent --no-fund --no-audit --prefix .venv-clients/node ehbp openai \
 		|| echo "npm is not there: the tests of its clients are left out"
 
+ray: $(VENV)/ready  ## install Ray Serve into an environment of its own, for the cluster demo and its tests
+	@test -x .venv-ray/bin/python || $(BIN)/python -m venv .venv-ray
+	@.venv-ray/bin/python -m pip --disable-pip-version-check --quiet install --editable '.[cpu,postgres,ray]' httpx
+
+cluster-demo: ray $(DEMO_ARTIFACT)/manifest.json  ## a Ray cluster on this machine: one node killed, one drained, 200 streams (needs root, PostgreSQL)
+	@PYTHONPATH=functions/ray_app:bench:tests .venv-ray/bin/python bench/cluster_demo.py $(DEMO_ARTIFACT) $(CLUSTER_ARGS)
+
 check: $(VENV)/ready  ## lint and types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
@@ -95,4 +102,4 @@ $(VENV)/ready: pyproject.toml
 	@$(PIP) install --editable '.[cpu,export,dev]'
 	@touch $@
 
-.PHONY: help demo test soak check export bench gpu-check deploy-modal demo-model package sam-validate clean
+.PHONY: help demo test soak ray cluster-demo check export bench gpu-check deploy-modal demo-model package sam-validate clean

@@ -11,6 +11,7 @@ import pytest
 from pilotlight.confidential.key_release import UnsealSettings
 from pilotlight.config import (
     LOOPBACK,
+    ClusterSettings,
     ConfidentialSettings,
     EventSettings,
     FunctionSettings,
@@ -120,9 +121,9 @@ def test_loopback_is_served(address: str) -> None:
     ("text", "problem"),
     [
         ("[", "is not valid TOML (Invalid initial character for a key part (at end of document))"),
-        ("colour = 1", "unknown key colour = 1; expected one of host, functions, events, confidential, modal"),
+        ("colour = 1", "unknown key colour = 1; expected one of host, functions, events, confidential, modal, cluster"),
         ("[hosts]\nport = 1", "unknown key hosts = {'port': 1}; "
-         "expected one of host, functions, events, confidential, modal"),
+         "expected one of host, functions, events, confidential, modal, cluster"),
         ("host = 1", "host is 1; expected a table [host]"),
         ("functions = []", "functions is []; expected a table [functions]"),
         ("[host]\nprot = 80", f"unknown key host.prot = 80; expected one of {HOST_KEYS}"),
@@ -180,6 +181,7 @@ def test_the_example_holds_the_defaults() -> None:
     settings = load_settings(EXAMPLE, {})
     assert settings.host == HostSettings()
     assert settings.confidential == ConfidentialSettings()
+    assert settings.cluster == ClusterSettings()
     (function,) = settings.functions.values()
     assert msgspec.structs.replace(function, prices={}) == FunctionSettings(artifact="artifacts/demo-int4")
     free = PriceSchedule.from_config({}, "prices")
@@ -190,7 +192,15 @@ def test_the_example_holds_the_defaults() -> None:
 def test_the_example_mentions_every_setting() -> None:
     keys = set(re.findall(r"^(?:# )?(\w+) = ", EXAMPLE.read_text(encoding="utf-8"), re.MULTILINE))
     tables = {"prices", "unseal"}
-    structs = (HostSettings, FunctionSettings, EventSettings, UnsealSettings, ConfidentialSettings, ModalSettings)
+    structs = (
+        HostSettings,
+        FunctionSettings,
+        EventSettings,
+        UnsealSettings,
+        ConfidentialSettings,
+        ModalSettings,
+        ClusterSettings,
+    )
     expected = {field.name for struct in structs for field in msgspec.structs.fields(struct)} | {"valid_from"}
     expected |= {field.name.replace("_micros", "") for field in msgspec.structs.fields(PriceTable)}
     assert keys == expected - tables

@@ -27,7 +27,7 @@ OTHER_VARIABLES = (
     "PILOTLIGHT_REQUIRE_KEYS",
 )
 """Read by the serverless entry points, which have no command line."""
-TABLES = ("host", "functions", "events", "confidential", "modal")
+TABLES = ("host", "functions", "events", "confidential", "modal", "cluster")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -157,6 +157,24 @@ class ModalSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     unauthenticated: bool = False
 
 
+class ClusterSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``[cluster]``: how the functions lie on a Ray cluster. See docs/cluster.md.
+
+    A gateway and a replica take so many logical CPUs and other resources of Ray's. The functions of one pool share
+    replicas, each of which has at most ``max_functions_per_replica`` of them loaded; the others have replicas of their
+    own. ``notices`` is where a node learns that it will be taken away, see ``host.notice``.
+    """
+
+    gateways: Positive = 1
+    gateway_cpus: Annotated[float, Meta(ge=0)] = 1.0
+    gateway_resources: dict[str, float] = {}
+    replica_cpus: Annotated[float, Meta(ge=0)] = 1.0
+    replica_resources: dict[str, float] = {}
+    pools: dict[str, tuple[str, ...]] = {}
+    max_functions_per_replica: Positive = 4
+    notices: str = ""
+
+
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """All of ``pilotlight.toml``."""
 
@@ -165,6 +183,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     events: EventSettings | None = None
     confidential: ConfidentialSettings = NOT_CONFIDENTIAL
     modal: ModalSettings = ModalSettings()
+    cluster: ClusterSettings = ClusterSettings()
 
 
 def load_settings(path: Path | None, environment: Mapping[str, str] = os.environ, **options: object) -> Settings:
@@ -189,7 +208,8 @@ def load_settings(path: Path | None, environment: Mapping[str, str] = os.environ
     events = _parse(content["events"], EventSettings, origin, "events") if "events" in content else None
     confidential = _parse(content.get("confidential", {}), ConfidentialSettings, origin, "confidential")
     modal = _parse(content.get("modal", {}), ModalSettings, origin, "modal")
-    return Settings(host, functions, events, confidential, modal)
+    cluster = _parse(content.get("cluster", {}), ClusterSettings, origin, "cluster")
+    return Settings(host, functions, events, confidential, modal, cluster)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -31,11 +31,18 @@ class Entry:
     start: Start | None = None
     epoch: int = 0
     """How often it was moved. What an earlier epoch still says is not part of the answer."""
+    last_at: float = 0.0
+    """The latest instant in its events, where they come from another machine's clock."""
 
     @property
     def num_prefill_tokens(self) -> int:
         """How many tokens a replica has to compute before the next one comes."""
         return len(self.sequence.prompt_ids) + len(self.sequence.emitted_ids) + len(self.emitted_ids)
+
+    @property
+    def position(self) -> int:
+        """The number in the answer of the token that comes next."""
+        return len(self.sequence.emitted_ids) + len(self.emitted_ids)
 
     @property
     def has_begun(self) -> bool:
@@ -59,9 +66,14 @@ class Entry:
             self.num_recomputed_tokens += self.num_prefill_tokens
         self.dispatched_at = None
 
+    def turned_away(self, had_slot: bool) -> None:
+        """Note that a replica gave nothing of the answer, so that nothing of it has to be computed again."""
+        self.epoch += 1
+        self.num_fruitless_moves += had_slot
+
     def accepts(self, epoch: int, position: int) -> bool:
         """Say whether tokens from ``position`` on, computed in an ``epoch``, are the next ones of the answer."""
-        return epoch == self.epoch and position == len(self.emitted_ids)
+        return epoch == self.epoch and position == self.position
 
     def deliver(self, event: TokenEvent, replica_id: str) -> None:
         """Note an event and pass it on. The first one also says where it comes from, and what it had to wait for."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import os
 import time
 import urllib.error
 import urllib.request
@@ -197,7 +198,7 @@ def written_notice(written: bytes, age_s: float) -> Notice:
 
 
 def open_source(name: str) -> NoticeSource | None:
-    """Return the source of a setting: ``aws``, ``google``, ``file:PATH``, or nothing for none.
+    """Return the source of a setting: ``aws``, ``google``, ``file:PATH`` with variables, or nothing for none.
 
     Raises:
         ConfigError: there is no such source.
@@ -209,8 +210,8 @@ def open_source(name: str) -> NoticeSource | None:
     if name == "google":
         return GoogleNotices()
     if name.startswith("file:") and name != "file:":
-        return FileNotices(Path(name.removeprefix("file:")))
-    raise ConfigError(f"host.notices is {name!r}; expected aws, google or file:PATH")
+        return FileNotices(Path(os.path.expandvars(name.removeprefix("file:"))))
+    raise ConfigError(f"cluster.notices is {name!r}; expected aws, google or file:PATH")
 
 
 async def watch(sources: Sequence[NoticeSource], on_notice: Callable[[Notice], None]) -> None:

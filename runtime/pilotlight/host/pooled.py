@@ -76,28 +76,35 @@ def cache_dir(host: HostSettings) -> Path | None:
     return Path(host.cache_dir).expanduser() if host.cache_dir else None
 
 
+def replica_spec(
+    name: str, settings: FunctionSettings, host: HostSettings, artifact: Artifact, context: int
+) -> ReplicaSpec:
+    """Return what a function's replicas are made from."""
+    directory = cache_dir(host)
+    policy = EnginePolicy.from_settings(settings)
+    return ReplicaSpec(
+        replica_id=name,
+        artifact=str(artifact.path.resolve()),
+        num_slots=policy.num_slots(settings.num_slots),
+        max_context_tokens=context,
+        policy=policy,
+        num_threads=settings.num_threads or num_cores(),
+        cache_dir=str(directory) if directory is not None else None,
+        asked_at=0.0,
+        grant=artifact.grant,
+    )
+
+
 def _pool_settings(
     name: str, settings: FunctionSettings, host: HostSettings, artifact: Artifact, context: int
 ) -> PoolSettings:
-    directory = cache_dir(host)
-    of_engine = EnginePolicy.from_settings(settings)
-    num_slots = of_engine.num_slots(settings.num_slots)
+    spec = replica_spec(name, settings, host, artifact, context)
     return PoolSettings(
         name=name,
-        spec=ReplicaSpec(
-            replica_id=name,
-            artifact=str(artifact.path.resolve()),
-            num_slots=num_slots,
-            max_context_tokens=context,
-            policy=of_engine,
-            num_threads=settings.num_threads or num_cores(),
-            cache_dir=str(directory) if directory is not None else None,
-            asked_at=0.0,
-            grant=artifact.grant,
-        ),
-        policy=Policy.from_settings(settings, num_slots),
+        spec=spec,
+        policy=Policy.from_settings(settings, spec.num_slots),
         weights_bytes=weights_bytes(artifact),
-        kv_bytes=kv_bytes(artifact, num_slots, context),
+        kv_bytes=kv_bytes(artifact, spec.num_slots, context),
         max_queued_requests=settings.max_queued_requests,
         max_queued_tokens=settings.max_queued_tokens,
         hang_ticks=max(1, round(host.hang_timeout_s)),

@@ -7,20 +7,23 @@ because its machine has to leave, the sequence goes on elsewhere behind its last
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
+import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Protocol
+
+import msgspec
 
 from pilotlight.errors import Draining, QueueFull
 from pilotlight.host.attempt import Attempt, FromAttempt, HandOver, Part
 from pilotlight.host.journal import Entry
 from pilotlight.host.measures import Measures
 from pilotlight.host.wire import Stages
-from pilotlight.request import Sequence, Signals, Start, TokenEvent, until_finished
+from pilotlight.mailbox import TokenStream
+from pilotlight.request import Sequence, Signals, Start, TokenEvent
 
 logger = logging.getLogger("pilotlight.host")
 
@@ -83,7 +86,7 @@ class RemoteBackend:
         self._carriers: dict[str, asyncio.Task[None]] = {}
         self._closing = False
 
-    def submit(self, sequence: Sequence) -> AsyncIterator[TokenEvent]:
+    def submit(self, sequence: Sequence) -> TokenStream:
         """Take a sequence in and return its events; the last one carries a finish reason.
 
         Raises:
@@ -91,10 +94,11 @@ class RemoteBackend:
             Draining: the backend is being closed.
         """
         self._check_room(sequence)
-        entry = self._entries[sequence.id] = Entry(sequence, self._clock(), cold=True)
+        now = self._clock()
+        entry = self._entries[sequence.id] = Entry(sequence, now, cold=True, last_at=now)
         carrier = asyncio.create_task(self._carry(entry), name=f"carry {sequence.id}")
         self._carriers[sequence.id] = carrier
-        return until_finished(entry.stream)
+        return entry.stream
 
     def abort(self, sequence_id: str) -> None:
         """Have a sequence end as cancelled at once; its replica learns it as soon as it can."""
@@ -149,39 +153,47 @@ class RemoteBackend:
         """Make one attempt; False when the sequence has to go on elsewhere."""
         num_before = len(entry.emitted_ids)
         attempt = Attempt(self.settings.name, entry.continuation(), entry.epoch)
+        clock = _RemoteClock(entry)
         try:
             async with aclosing(self._place.attempt(attempt)) as answers:
                 async for answer in answers:
                     if isinstance(answer, HandOver):
                         self._place.leaving(answer.replica_id)
-                        entry.moved(had_slot=False)
+                        self._move(entry, num_before, had_slot=False)
                         return False
-                    if self._take(entry, answer):
+                    if self._take(entry, answer, clock):
                         return True
         except ReplicaLost as error:
             logger.warning("%s: %s goes on elsewhere: %s", self.settings.name, entry.sequence.id, error)
         if self._watcher is not None:
             self._watcher.replica_lost(self.settings.name)
-        entry.moved(had_slot=len(entry.emitted_ids) == num_before)
+        self._move(entry, num_before, had_slot=True)
         return False
 
-    def _take(self, entry: Entry, part: Part) -> bool:
+    def _move(self, entry: Entry, num_before: int, had_slot: bool) -> None:
+        if len(entry.emitted_ids) > num_before:
+            entry.moved(had_slot=False)
+        else:
+            entry.turned_away(had_slot)
+
+    def _take(self, entry: Entry, part: Part, clock: _RemoteClock) -> bool:
         """Deliver a part, and return whether that was the end. Tokens that are not the next ones are dropped.
 
         Raises:
             ReplicaLost: tokens are missing before these.
         """
         if not entry.accepts(part.epoch, part.position):
-            if part.epoch < entry.epoch or part.position < len(entry.emitted_ids):
+            if part.epoch < entry.epoch or part.position < entry.position:
                 return False
-            raise ReplicaLost(f"{part.replica_id} skipped from token {len(entry.emitted_ids)} to {part.position}")
+            raise ReplicaLost(f"{part.replica_id} skipped from token {entry.position} to {part.position}")
         now = self._clock()
         if part.stages is not None and entry.cold:
             entry.start = _start_of(part.stages, now - entry.queued_at)
         entry.cold = False
         entry.dispatched_at = entry.dispatched_at or now
+        clock.received(part, now)
         for event in part.events:
-            self._deliver(entry, _rebased(event, now - part.sent_at), part.replica_id)
+            self._deliver(entry, clock.rebased(event), part.replica_id)
         return bool(part.events) and part.events[-1].finish is not None
 
     def _deliver(self, entry: Entry, event: TokenEvent, replica_id: str) -> None:
@@ -201,12 +213,25 @@ class RemoteBackend:
         self._carriers.pop(entry.sequence.id, None)
 
 
-def _rebased(event: TokenEvent, shift_s: float) -> TokenEvent:
-    """Return an event with its instants by this machine's clock."""
-    began_at = None if event.prefill_started_at is None else event.prefill_started_at + shift_s
-    return dataclasses.replace(event, at=event.at + shift_s, prefill_started_at=began_at)
+class _RemoteClock:
+    """A replica's clock by ours. The part that took the least time says best how they differ; time never runs back."""
+
+    def __init__(self, entry: Entry) -> None:
+        self._entry = entry
+        self._shift_s = math.inf
+
+    def received(self, part: Part, now: float) -> None:
+        self._shift_s = min(self._shift_s, now - part.sent_at)
+
+    def rebased(self, event: TokenEvent) -> TokenEvent:
+        """Return an event with its instants by this machine's clock."""
+        began_at = event.prefill_started_at
+        if began_at is not None:
+            began_at = self._entry.last_at = max(self._entry.last_at, began_at + self._shift_s)
+        at = self._entry.last_at = max(self._entry.last_at, event.at + self._shift_s)
+        return msgspec.structs.replace(event, at=at, prefill_started_at=began_at)
 
 
 def _start_of(stages: Stages, waited_s: float) -> Start:
     waited_ms = round(max(0.0, waited_s) * 1000, 3)
-    return Start(waited_ms, stages.fork_ms, stages.map_ms, stages.session_ms, stages.warm_up_ms)
+    return Start(waited_ms, stages.fork_ms, stages.map_ms, stages.session_ms, stages.warm_up_ms, stages.unseal_ms)

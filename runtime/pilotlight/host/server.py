@@ -66,7 +66,7 @@ async def _serve(settings: Settings, on_ready: OnReady) -> None:
         Keyring(ledger_at) as keyring,
         ResponseStore.open(settings.host) as responses,
     ):
-        _check_is_guarded(settings.host, keyring)
+        check_is_guarded(settings.host, keyring)
         metrics = Metrics()
         host = settings.host
         machine = Machine(host.memory_budget_mb * 1_000_000)
@@ -187,7 +187,12 @@ def kept_answers_for(host: HostSettings, ledger: SqlLedger) -> KeptAnswers:
     )
 
 
-def _check_is_guarded(host: HostSettings, keyring: Keyring) -> None:
+def check_is_guarded(host: HostSettings, keyring: Keyring) -> None:
+    """Let nobody in from other machines who has no key.
+
+    Raises:
+        ConfigError: the address is not a loopback one, and there are no keys.
+    """
     if host.address not in LOOPBACK and not keyring.usable:
         raise ConfigError(
             f"host.address is {host.address!r}; without keys the server listens on loopback only "

@@ -29,7 +29,10 @@ from pilotlight.metering.sql_ledger import SqlLedger, end, last_seen
 
 logger = logging.getLogger("pilotlight.ledger")
 
-LEASE_S = 15.0
+LEASE_S = 60.0
+"""Long enough for a machine that is starved of processor time, short enough for one that is gone."""
+
+BEATS_PER_LEASE = 6
 _ADMIT = "INSERT INTO invocations (request_id, admission, writer_id) VALUES (?, ?, ?)"
 _ENROL = "INSERT INTO writers VALUES (?, clock_timestamp() + make_interval(secs => ?))"
 _RENEW = "UPDATE writers SET lease_until = clock_timestamp() + make_interval(secs => ?) WHERE writer_id = ?"
@@ -136,7 +139,7 @@ class PostgresLedger(SqlLedger):
         connection.execute(_ADMIT, (request_id, admission, self._marks.owner))
 
     def _run(self) -> None:
-        while not self._ended.wait(self._lease_s / 3):
+        while not self._ended.wait(self._lease_s / BEATS_PER_LEASE):
             try:
                 self.beat()
             except (*FAILURES, msgspec.DecodeError, OSError) as error:

@@ -1,0 +1,187 @@
+"""Several machines on one: each node of a Ray cluster in a network namespace of its own, on a bridge. Needs root."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+BRIDGE = "plbr0"
+SUBNET = "10.88.7"
+HEAD_PORT = 6379
+SERVE_PORT = 8000
+START_TIMEOUT_S = 120.0
+START_ATTEMPTS = 4
+OBJECT_STORE_BYTES = 80 * 1024 * 1024
+
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DISABLE_IMPORT_WARNING": "1",
+    "RAY_SERVE_ENABLE_TASK_EVENTS": "0",
+    "RAY_SERVE_PROXY_PREFER_LOCAL_NODE_ROUTING": "0",
+    # how soon a silent node counts as dead; a killed one is noticed by its connections
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_failure_threshold": "5",
+    "RAY_health_check_timeout_ms": "3000",
+    # a busy machine is not a broken one
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",
+    "RAY_memory_monitor_refresh_ms": "0",
+}
+
+
+class Unable(Exception):
+    """This machine cannot make network namespaces."""
+
+
+class Node:
+    """One machine: a namespace, an address, and the processes in it."""
+
+    def __init__(self, cluster: Cluster, name: str, number: int) -> None:
+        self.name = name
+        self.address = f"{SUBNET}.{number}"
+        self.namespace = f"pl-{name}"
+        self.notice = cluster.folder / f"notice-{name}"
+        self._cluster = cluster
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self, *arguments: str) -> None:
+        """Start Ray's processes here, and return once they are part of the cluster.
+
+        Raises:
+            RuntimeError: they did not start, several times: on a busy machine Ray's own time limits may pass.
+        """
+        for _ in range(START_ATTEMPTS):
+            self._process = self.popen(self._cluster.ray, "start", "--block", f"--node-ip-address={self.address}",
+                                       f"--object-store-memory={OBJECT_STORE_BYTES}", "--disable-usage-stats",
+                                       *arguments)  # fmt: skip
+            ends_at = time.monotonic() + START_TIMEOUT_S
+            while self._process.poll() is None and time.monotonic() < ends_at:
+                if self.address in self._cluster.living_addresses():
+                    return
+                time.sleep(0.5)
+            self.kill()
+        raise RuntimeError(f"node {self.name} does not start; see {self._cluster.folder}/{self.name}.log")
+
+    def popen(self, *command: str) -> subprocess.Popen[bytes]:
+        """Start a program on this machine."""
+        environment = {**os.environ, **ENVIRONMENT, "NODE_NOTICES": str(self.notice)}
+        with (self._cluster.folder / f"{self.name}.log").open("ab") as log:
+            return subprocess.Popen(
+                ["ip", "netns", "exec", self.namespace, *command],
+                env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True,
+            )  # fmt: skip
+
+    def pids(self) -> list[int]:
+        """Return all processes that run on this machine."""
+        done = subprocess.run(["ip", "netns", "pids", self.namespace], capture_output=True, text=True)
+        return [int(pid) for pid in done.stdout.split()]
+
+    def kill(self) -> int:
+        """kill -9 everything on this machine, at once; return how many processes that were."""
+        pids = self.pids()
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if self._process is not None:
+            self._process.wait()
+        return len(pids)
+
+
+class Cluster:
+    """A head and its workers."""
+
+    def __init__(self, folder: Path, python: str) -> None:
+        self.folder = folder
+        self.python = python
+        self.ray = str(Path(python).with_name("ray"))
+        self.nodes: list[Node] = []
+
+    def add(self, name: str) -> Node:
+        """Make a machine, with nothing on it."""
+        node = Node(self, name, 10 + len(self.nodes))
+        ip("netns", "add", node.namespace)
+        self.nodes.append(node)
+        host, inside = f"plv-{name}", f"plw-{name}"
+        ip("link", "add", host, "type", "veth", "peer", "name", inside)
+        ip("link", "set", inside, "netns", node.namespace)
+        ip("link", "set", host, "master", BRIDGE, "up")
+        ip("-n", node.namespace, "addr", "add", f"{node.address}/24", "dev", inside)
+        ip("-n", node.namespace, "link", "set", inside, "up")
+        ip("-n", node.namespace, "link", "set", "lo", "up")
+        return node
+
+    @property
+    def head(self) -> Node:
+        return self.nodes[0]
+
+    @property
+    def address(self) -> str:
+        return f"{self.head.address}:{HEAD_PORT}"
+
+    def run(self, *command: str, timeout_s: float = 300.0) -> str:
+        """Run a program on the head to its end, and return what it printed.
+
+        Raises:
+            RuntimeError: it failed.
+        """
+        done = subprocess.run(
+            ["ip", "netns", "exec", self.head.namespace, *command],
+            env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, timeout=timeout_s,
+        )  # fmt: skip
+        if done.returncode != 0:
+            raise RuntimeError(f"{' '.join(command[:3])} failed: {done.stderr[-2000:]}{done.stdout[-500:]}")
+        return done.stdout
+
+    def living_addresses(self) -> set[str]:
+        """Return the nodes that Ray holds alive."""
+        script = (
+            "import sys\nfrom ray._raylet import GcsClient\n"
+            "found = GcsClient(address=sys.argv[1]).get_all_node_info(timeout=2)\n"
+            "print(*(node.node_manager_address for node in found.values() if node.state == 0))"
+        )
+        try:
+            return set(self.run(self.python, "-c", script, self.address, timeout_s=30.0).split())
+        except (RuntimeError, subprocess.TimeoutExpired):
+            return set()
+
+
+def ip(*arguments: str) -> None:
+    done = subprocess.run(["ip", *arguments], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise Unable(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
+
+
+@contextlib.contextmanager
+def cluster(python: str) -> Iterator[Cluster]:
+    """Make a network of machines, and take all of it away again.
+
+    Raises:
+        Unable: that is not allowed here.
+    """
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        raise Unable("network namespaces need root and the program ip")
+    folder = Path(tempfile.mkdtemp(prefix="plr-"))
+    found = Cluster(folder, python)
+    try:
+        ip("link", "add", BRIDGE, "type", "bridge")
+        ip("addr", "add", f"{SUBNET}.1/24", "dev", BRIDGE)
+        ip("link", "set", BRIDGE, "up")
+        yield found
+    finally:
+        for node in reversed(found.nodes):
+            node.kill()
+            for command in (("link", "del", f"plv-{node.name}"), ("netns", "del", node.namespace)):
+                with contextlib.suppress(Unable):
+                    ip(*command)
+        with contextlib.suppress(Unable):
+            ip("link", "del", BRIDGE)
+        if sys.exc_info()[0] is None and "KEEP_CLUSTER_LOGS" not in os.environ:
+            shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,45 @@
+"""A deployment of Ray Serve as a place where attempts are made."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from typing import TYPE_CHECKING, Any
+
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+
+from pilotlight.host.attempt import Attempt, FromAttempt, read_answer
+from pilotlight.host.remote import ReplicaLost
+from pilotlight.host.routing import prefix_blocks
+from pilotlight.host.wire import encode
+from ray_router import leave_out
+
+if TYPE_CHECKING:
+    from ray.serve.handle import DeploymentHandle
+
+
+class ServePlace:
+    """Sends attempts to a deployment. In a pool, Serve prefers the replicas that have the function loaded."""
+
+    def __init__(self, handle: DeploymentHandle, *, shared: bool) -> None:
+        self._handle = handle.options(stream=True)
+        self._shared = shared
+
+    async def attempt(self, attempt: Attempt) -> AsyncGenerator[FromAttempt, None]:
+        handle: Any = self._handle.options(multiplexed_model_id=attempt.function) if self._shared else self._handle
+        sequence = attempt.sequence
+        answers = handle.generate.remote(
+            encode(attempt),
+            blocks=prefix_blocks(sequence.prompt_ids),
+            num_tokens=len(sequence.prompt_ids) + len(sequence.emitted_ids),
+        )
+        try:
+            async for answer in answers:
+                yield read_answer(answer)
+        except (RayError, RayServeException) as error:
+            raise ReplicaLost(str(error).strip().splitlines()[0]) from error
+        finally:
+            answers.cancel()
+
+    def leaving(self, replica_id: str) -> None:
+        leave_out(replica_id)

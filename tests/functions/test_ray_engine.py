@@ -1,0 +1,191 @@
+"""A replica of the Ray application, without Ray: its streams, its signals, and its departure."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+import ray_engine
+from pilotlight.engine.backend import EngineBackend
+from pilotlight.engine.fake import FakeSession, next_token
+from pilotlight.engine.policy import Policy
+from pilotlight.host.attempt import Attempt, FromAttempt, HandOver, Part, read_answer
+from pilotlight.host.loaded import Loaded
+from pilotlight.host.notice import Kind, Notice
+from pilotlight.host.wire import ReplicaSpec, Stages, encode
+from pilotlight.request import FinishReason, SamplingParams, Sequence
+from ray_engine import EngineReplica
+
+VOCAB_SIZE = 258
+SPEC = ReplicaSpec("f", "nowhere", 2, 4096, Policy(8), 1, None, 0.0)
+GREEDY = SamplingParams(temperature=0.0)
+
+
+class Toy(Loaded):
+    """An engine on the fake session, which stops after some tokens until ``gate`` is opened."""
+
+    gate = threading.Event()
+
+    def __init__(self, spec: ReplicaSpec) -> None:
+        runs = itertools.count()
+        session = FakeSession(
+            VOCAB_SIZE, spec.num_slots, spec.max_context_tokens, lambda: next(runs) < 30 or Toy.gate.wait()
+        )
+        self.backend = EngineBackend(session, max_queued_requests=100)
+        self.backend.start()
+        self.start_s = 0.5
+        self.stages = Stages("ray", 0.0, 1.0, 2.0, 0.0)
+
+
+@pytest.fixture
+def drained(monkeypatch: pytest.MonkeyPatch) -> list[Notice]:
+    """Have a toy for an engine, and note how often Ray is told to drain the node."""
+    found: list[Notice] = []
+    monkeypatch.setattr(Toy, "gate", threading.Event())
+    monkeypatch.setattr(ray_engine, "Loaded", Toy)
+    monkeypatch.setattr(ray_engine, "drain_this_node", found.append)
+    return found
+
+
+def expected(prompt: tuple[int, ...], count: int) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(next_token(tokens, VOCAB_SIZE))
+    return tokens[len(prompt) :]
+
+
+async def answers(replica: EngineReplica, sequence: Sequence, epoch: int = 0) -> AsyncIterator[FromAttempt]:
+    async for payload in replica.generate(encode(Attempt("f", sequence, epoch)), blocks=[], num_tokens=2):
+        yield read_answer(payload)
+
+
+def tokens_of(parts: list[Any]) -> list[int]:
+    events = [event for part in parts if isinstance(part, Part) for event in part.events]
+    return [event.token_id for event in events if event.token_id is not None]
+
+
+def test_a_stream_in_parts_is_in_order_and_says_where_it_stands(drained: list[Notice]) -> None:
+    async def scenario() -> list[FromAttempt]:
+        Toy.gate.set()
+        replica = EngineReplica("f-1", {"f": SPEC}, "")
+        found = [answer async for answer in answers(replica, Sequence("s", (1, 2), 40, sampling=GREEDY), epoch=3)]
+        assert replica.record_autoscaling_stats()["service_s"] > 0
+        await replica.close()
+        return found
+
+    parts = asyncio.run(scenario())
+    assert all(isinstance(part, Part) for part in parts)
+    position = 0
+    for part in parts:
+        assert isinstance(part, Part)
+        assert (part.epoch, part.position, part.replica_id) == (3, position, "f-1")
+        position += len(part.events)
+    assert tokens_of(parts) == expected((1, 2), 40)
+    assert parts[0].stages is not None  # type: ignore[union-attr]
+    assert parts[-1].events[-1].finish is FinishReason.LENGTH  # type: ignore[union-attr]
+
+
+def test_a_continuation_goes_on_behind_what_was_emitted(drained: list[Notice]) -> None:
+    async def scenario() -> list[FromAttempt]:
+        replica = EngineReplica("f-1", {"f": SPEC}, "")
+        begun = Sequence("s", (1, 2), 10, sampling=GREEDY, emitted_ids=tuple(expected((1, 2), 4)))
+        found = [answer async for answer in answers(replica, begun, epoch=1)]
+        await replica.close()
+        return found
+
+    parts = asyncio.run(scenario())
+    assert parts[0].position == 4  # type: ignore[union-attr]
+    assert tokens_of(parts) == expected((1, 2), 10)[4:]
+
+
+def test_after_a_notice_what_does_not_fit_is_handed_over_without_a_loss(drained: list[Notice]) -> None:
+    long = Sequence("long", (1, 2), 4000, sampling=GREEDY)
+
+    async def scenario() -> tuple[list[FromAttempt], list[FromAttempt], list[FromAttempt]]:
+        replica = EngineReplica("f-1", {"f": SPEC}, "")
+        first: list[FromAttempt] = []
+        async for answer in answers(replica, long):
+            if not first:
+                replica.noticed(Notice(Kind.INTERRUPTION, "file", 1.0))
+                Toy.gate.set()
+            first.append(answer)
+        refused = [answer async for answer in answers(replica, Sequence("late", (5,), 3, sampling=GREEDY))]
+        other = EngineReplica("f-2", {"f": SPEC}, "")
+        rest = Sequence("long", (1, 2), 4000, sampling=GREEDY, emitted_ids=tuple(tokens_of(first)))
+        second = [answer async for answer in answers(other, rest, epoch=1)]
+        await replica.close()
+        await other.close()
+        return first, refused, second
+
+    first, refused, second = asyncio.run(scenario())
+    assert isinstance(first[-1], HandOver)
+    assert refused == [HandOver(0, "f-1")]
+    assert 0 < len(tokens_of(first)) < 4000
+    assert tokens_of(first) + tokens_of(second) == expected((1, 2), 4000)
+    assert [notice.kind for notice in drained] == [Kind.INTERRUPTION]
+
+
+def test_what_fits_into_the_time_left_finishes(drained: list[Notice]) -> None:
+    async def scenario() -> list[FromAttempt]:
+        replica = EngineReplica("f-1", {"f": SPEC}, "")
+        found: list[FromAttempt] = []
+        async for answer in answers(replica, Sequence("s", (1, 2), 300, sampling=GREEDY)):
+            found.append(answer)
+            if len(tokens_of(found)) > 1 and not drained:
+                replica.noticed(Notice(Kind.INTERRUPTION, "aws", 3600.0))
+                Toy.gate.set()
+        await replica.close()
+        return found
+
+    found = asyncio.run(scenario())
+    assert tokens_of(found) == expected((1, 2), 300)
+
+
+def test_a_hint_only_has_replacements_started(drained: list[Notice]) -> None:
+    async def scenario() -> list[FromAttempt]:
+        replica = EngineReplica("f-1", {"f": SPEC}, "")
+        replica.noticed(Notice(Kind.REBALANCE, "aws"))
+        found = [answer async for answer in answers(replica, Sequence("s", (1,), 3, sampling=GREEDY))]
+        await replica.close()
+        return found
+
+    assert tokens_of(asyncio.run(scenario())) == expected((1,), 3)
+    assert [notice.kind for notice in drained] == [Kind.REBALANCE]
+
+
+def test_a_listener_that_leaves_frees_the_slot(drained: list[Notice]) -> None:
+    async def scenario() -> None:
+        replica = EngineReplica("f-1", {"f": SPEC}, "")
+        stream = replica.generate(encode(Attempt("f", Sequence("s", (1, 2), 4000, sampling=GREEDY), 0)))
+        async for _ in stream:
+            break
+        Toy.gate.set()
+        await stream.aclose()  # type: ignore[attr-defined]
+        while replica.record_autoscaling_stats()["num_running"]:
+            await asyncio.sleep(0)
+        await replica.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_function_that_is_unloaded_hands_over_what_it_runs(drained: list[Notice]) -> None:
+    async def scenario() -> list[FromAttempt]:
+        replica = EngineReplica("f-1", {"f": SPEC}, "")
+        found: list[FromAttempt] = []
+        async for answer in answers(replica, Sequence("s", (1, 2), 4000, sampling=GREEDY)):
+            if not found:
+                unloading = asyncio.create_task(replica.unload("f"))
+                await asyncio.sleep(0)
+                Toy.gate.set()
+                await unloading
+            found.append(answer)
+        return found
+
+    found = asyncio.run(scenario())
+    assert isinstance(found[-1], HandOver)
+    assert tokens_of(found) == expected((1, 2), 4000)[: len(tokens_of(found))]
