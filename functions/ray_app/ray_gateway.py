@@ -16,6 +16,7 @@ from pilotlight.api.resumption import resume_tokens
 from pilotlight.artifact import open_artifact
 from pilotlight.config import Settings
 from pilotlight.function import Function
+from pilotlight.host.pooled import replica_spec
 from pilotlight.host.remote import RemoteBackend, RemoteSettings
 from pilotlight.host.sizing import max_context_tokens
 from pilotlight.metering.database import located
@@ -50,8 +51,7 @@ class Gateway:
         self._metrics = Metrics()
         shared = {name for name, pool in pool_of.items() if pool != name}
         self._functions = {
-            name: self._open(name, settings, ServePlace(pools[pool_of[name]], shared=name in shared))
-            for name in settings.functions
+            name: self._open(name, settings, pools[pool_of[name]], shared=name in shared) for name in settings.functions
         }
         self._metrics.watch(self._functions)
         self._kept_answers = KeptAnswers(
@@ -85,9 +85,11 @@ class Gateway:
         self._responses.close()
         self._ledger.close()
 
-    def _open(self, name: str, settings: Settings, place: ServePlace) -> Function:
+    def _open(self, name: str, settings: Settings, handle: DeploymentHandle, *, shared: bool) -> Function:
         of_function = settings.functions[name]
         artifact = open_artifact(Path(of_function.artifact))
+        context = max_context_tokens(name, of_function, artifact)
+        place = ServePlace(handle, replica_spec(name, of_function, settings.host, artifact, context), shared=shared)
         max_open = of_function.num_slots * max(1, of_function.max_replicas) + of_function.max_queued_requests
         backend = RemoteBackend(RemoteSettings(name, max_open, of_function.max_queued_tokens), place, self._metrics)
         return Function(
@@ -96,7 +98,7 @@ class Gateway:
             backend,
             self._ledger,
             PriceSchedule.from_config(of_function.prices, f"functions.{name}.prices"),
-            max_context_tokens=max_context_tokens(name, of_function, artifact),
+            max_context_tokens=context,
             max_duration_s=of_function.max_duration_s,
             capacity=Capacity(settings.host.capacity),
             observer=self._metrics,

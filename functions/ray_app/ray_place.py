@@ -10,8 +10,8 @@ from ray.serve.exceptions import RayServeException
 
 from pilotlight.host.attempt import Attempt, FromAttempt, read_answer
 from pilotlight.host.remote import ReplicaLost
-from pilotlight.host.routing import prefix_blocks
-from pilotlight.host.wire import encode
+from pilotlight.host.routing import prefix_keys
+from pilotlight.host.wire import ReplicaSpec, encode
 from ray_router import leave_out
 
 if TYPE_CHECKING:
@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 class ServePlace:
     """Sends attempts to a deployment. In a pool, Serve prefers the replicas that have the function loaded."""
 
-    def __init__(self, handle: DeploymentHandle, *, shared: bool) -> None:
+    def __init__(self, handle: DeploymentHandle, spec: ReplicaSpec, *, shared: bool) -> None:
         self._handle = handle.options(stream=True)
+        self._policy = spec.policy
         self._shared = shared
 
     async def attempt(self, attempt: Attempt) -> AsyncGenerator[FromAttempt, None]:
@@ -30,7 +31,8 @@ class ServePlace:
         sequence = attempt.sequence
         answers = handle.generate.remote(
             encode(attempt),
-            blocks=prefix_blocks(sequence.prompt_ids),
+            blocks=[attempt.function.encode() + key for key in prefix_keys(sequence, self._policy)],
+            block_tokens=self._policy.prefix_block_tokens,
             num_tokens=len(sequence.prompt_ids) + len(sequence.emitted_ids),
         )
         try:
