@@ -10,7 +10,7 @@ Source: Leviathan et al. 2023 (speculative decoding), with drafts as in Saxena 2
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
 
 Draft = tuple[int, ...]
@@ -22,8 +22,8 @@ MAX_DRAFTING_ROWS = 4
 MIN_GAIN = 1.1
 """A draft must promise so many times the tokens per second that a decode step gives."""
 
-MATCH_TOKENS = (5, 3)
-"""So many tokens have to occur again, where possible the larger number."""
+MATCH_TOKENS = 3
+"""So many tokens have to occur again."""
 NUM_DOUBTS = 4.0
 """The guesses, half of one of them right, that a sequence is taken to have made before its first."""
 MEMORY = 0.95
@@ -34,8 +34,8 @@ class PromptLookup:
     """One sequence's tokens, the place from which it seems to be copying, and how its guesses did so far."""
 
     def __init__(self, tokens: Items[int]) -> None:
-        # One character a token: searching text is fast.
-        self._text = "".join(map(chr, tokens))
+        self._tokens = list(tokens)
+        self._ends = {match: end for end, match in enumerate(_matches(self._tokens[:-1]), MATCH_TOKENS)}
         self._hits, self._trials = 0.5, NUM_DOUBTS
         self._place = self._find()
 
@@ -47,30 +47,31 @@ class PromptLookup:
     @property
     def num_guessed(self) -> int:
         """How many tokens there are to guess."""
-        return len(self._text) - self._place if self._place else 0
+        return len(self._tokens) - self._place if self._place else 0
 
     def draft(self, num_tokens: int) -> Draft:
         """Return the next tokens as they are guessed."""
-        return tuple(map(ord, self._text[self._place : self._place + num_tokens])) if self._place else ()
+        return tuple(self._tokens[self._place : self._place + num_tokens]) if self._place else ()
 
     def push(self, token_id: int) -> None:
         """Go on behind a token that was generated."""
-        token = chr(token_id)
         hit = False
         if self._place:
-            hit = self._text[self._place] == token
+            hit = self._tokens[self._place] == token_id
             self._hits, self._trials = MEMORY * self._hits + hit, MEMORY * self._trials + 1
-        self._text += token
+        if len(self._tokens) >= MATCH_TOKENS:
+            self._ends[tuple(self._tokens[-MATCH_TOKENS:])] = len(self._tokens)
+        self._tokens.append(token_id)
         self._place = self._place + 1 if hit else self._find()
 
     def _find(self) -> int:
         """Return where the latest earlier occurrence of the last tokens ends, 0 where there is none."""
-        for length in MATCH_TOKENS:
-            if len(self._text) > length:
-                found = self._text.rfind(self._text[-length:], 0, len(self._text) - 1)
-                if found >= 0:
-                    return found + length
-        return 0
+        return self._ends.get(tuple(self._tokens[-MATCH_TOKENS:]), 0)
+
+
+def _matches(tokens: list[int]) -> Iterator[tuple[int, ...]]:
+    """Yield all runs of tokens that can be found again, in their order."""
+    return zip(*(tokens[first:] for first in range(MATCH_TOKENS)), strict=False)
 
 
 def drafts_that_pay(
