@@ -33,7 +33,7 @@ def measured_pace() -> Pace:
     """Return speeds with which nearly every draft pays."""
     pace = Pace()
     for num_tokens in (1, 2, 4, 8, 16):
-        pace.observe_decode(DecodeGraph.MAIN, num_tokens, 0.01)
+        pace.observe_step(num_tokens, 0.01)
         for _ in range(2):
             pace.observe_verify(DecodeGraph.MAIN, num_tokens, 0.001)
     return pace

@@ -103,14 +103,14 @@ class TestWhatPays:
     def test_measured_times_replace_assumed_ones_and_are_forgotten(self) -> None:
         pace = Pace()
         assert pace.verify_s(DecodeGraph.MAIN, 4) == float("inf")
-        pace.observe_decode(DecodeGraph.MAIN, 1, 0.1)
+        pace.observe_step(1, 0.1)
         assert pace.verify_s(DecodeGraph.MAIN, 4) == pytest.approx(0.175)
         for seconds in (9.0, 0.5, 0.5):  # the first one also made what is made only once
             pace.observe_verify(DecodeGraph.MAIN, 4, seconds)
         assert pace.verify_s(DecodeGraph.MAIN, 4) == pytest.approx(0.5)
         assert pace.verify_s(DecodeGraph.BATCH, 4) == pytest.approx(0.175)
         for _ in range(FORGET_AFTER_STEPS + 1):
-            pace.observe_decode(DecodeGraph.MAIN, 1, 0.1)
+            pace.observe_step(1, 0.1)
         assert pace.verify_s(DecodeGraph.MAIN, 4) == pytest.approx(0.175)
 
 
@@ -118,7 +118,7 @@ class TestPlans:
     def plan(self, policy: Policy, num_rows: int = 1, max_new_tokens: int = 99, **pace: Any) -> list[int]:
         """Return the lengths of the drafts for rows that repeat themselves."""
         measured = Pace(**pace)
-        measured.observe_decode(DecodeGraph.MAIN, num_rows, 0.01)
+        measured.observe_step(num_rows, 0.01)
         for num_tokens in (2, 4, 8, 16):
             for _ in range(2):
                 measured.observe_verify(DecodeGraph.MAIN, num_tokens, 0.001 * (2 + num_tokens / 4) / num_rows)

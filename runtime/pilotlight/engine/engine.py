@@ -217,9 +217,11 @@ class Engine:
             for slot, draft in enumerate(plan.drafts):
                 results += self._verify(plan, slot, draft)
         elif plan.decode:
+            begun_at = time.perf_counter()
             outcomes = self._decode(plan)
             self._timeline.enter("commit")
             results += [self._committed(*outcome) for outcome in zip(plan.decode, outcomes, strict=True)]
+            self._pace.observe_step(len(plan.decode), time.perf_counter() - begun_at)
         if plan.prefill is not None:
             first = self._prefill(plan.prefill)
             if not isinstance(first, Exception):
@@ -248,6 +250,7 @@ class Engine:
         """
         active = plan.decode[slot]
         results: list[Result] = []
+        begun_at = time.perf_counter()
         self._timeline.enter("bind")
         masks = None
         try:
@@ -255,13 +258,13 @@ class Engine:
             token_ids = np.array([active.next_token, *draft], np.int64)
             logits = self._session.verify(slot, token_ids, active.num_cached, plan.graph)
             self._timeline.attribute("run", self._session.run_s)
-            self._pace.observe_verify(plan.graph, len(token_ids), self._session.run_s)
             for place in range(len(token_ids)):
                 (chosen,) = self._sample(logits[place : place + 1], (active,), masks)
                 results.append(self._committed(active, chosen))
                 if results[-1][2] or isinstance(chosen, Exception) or chosen[0] not in draft[place : place + 1]:
                     break
                 masks = self._find_banned([active])
+            self._pace.observe_verify(plan.graph, len(token_ids), time.perf_counter() - begun_at)
         except Exception as error:  # noqa: BLE001 - a failed run must end its sequences, not the engine
             _wait_for(masks)
             results.append((active, error, None))

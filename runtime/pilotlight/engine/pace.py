@@ -59,6 +59,7 @@ class Pace:
     _steps_at_crossing: int = 0
     _verify: dict[tuple[DecodeGraph, int], _Mean] = field(default_factory=lambda: defaultdict(_Mean))
     _verified_at: dict[tuple[DecodeGraph, int], int] = field(default_factory=dict)
+    _steps: dict[int, _Mean] = field(default_factory=lambda: defaultdict(_Mean))
     _num_steps: int = 0
 
     @property
@@ -75,11 +76,21 @@ class Pace:
             self._prefill.add(seconds / num_tokens)
 
     def observe_decode(self, graph: DecodeGraph, num_rows: int, seconds: float) -> None:
-        self._num_steps += 1
         self._decode[graph, num_rows].add(seconds)
         self._move_crossing(num_rows)
 
+    def observe_step(self, num_rows: int, seconds: float) -> None:
+        """Note how long a decode step took with all that is done around its run, such as sampling."""
+        self._num_steps += 1
+        self._steps[num_rows].add(seconds)
+
+    def step_s(self, num_rows: int) -> float | None:
+        """Return how long such a step of so many rows takes, None where nothing like it was measured."""
+        known = [(abs(rows - num_rows), mean.value) for rows, mean in self._steps.items()]
+        return min(known)[1] if known else None
+
     def observe_verify(self, graph: DecodeGraph, num_tokens: int, seconds: float) -> None:
+        """Note how long such a step took on so many tokens of one sequence."""
         self._num_steps += 1
         is_first = (graph, num_tokens) not in self._verified_at
         self._verified_at[graph, num_tokens] = self._num_steps
@@ -87,11 +98,11 @@ class Pace:
             self._verify[graph, num_tokens].add(seconds)
 
     def verify_s(self, graph: DecodeGraph, num_tokens: int) -> float:
-        """Return how long a run of so many tokens of one sequence takes; for ever, before the first decode step."""
+        """Return how long a step on so many tokens of one sequence takes; for ever, before the first decode step."""
         measured = self._verify[graph, num_tokens]
         if measured.count and self._num_steps - self._verified_at[graph, num_tokens] <= FORGET_AFTER_STEPS:
             return measured.value
-        step_s = self.decode_s(1)
+        step_s = self.step_s(1)
         return math.inf if step_s is None else step_s * (1 + TOKEN_COST * (num_tokens - 1))
 
     def graph_for(self, num_rows: int) -> DecodeGraph:

@@ -290,7 +290,7 @@ class Scheduler:
         speculates = self.policy.speculates and not self.policy.deterministic
         if not speculates or self.prefilling is not None or not 0 < len(self.running) <= MAX_DRAFTING_ROWS:
             return ()
-        step_s = self.pace.decode_s(len(self.running))
+        step_s = self.pace.step_s(len(self.running))
         if step_s is None:
             return ()
         limit_s = math.inf if self.pace.max_inter_token_ms is None else self.pace.max_inter_token_ms / 1000

@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 from pilotlight.errors import InvalidRequest
+from pilotlight.text.grammar_refusal import refused_place
 from pilotlight.text.json_schema import UnsupportedSchema, supported
 
 MAX_GRAMMAR_CHARS = 256 * 1024
@@ -58,7 +59,7 @@ def compiled_schema(schema: object, param: str) -> dict[str, Any]:
     except UnsupportedSchema as error:
         place = f"{param}{error.path}"
         raise InvalidRequest(place, f"{place}: {error.reason}", "unsupported_schema") from error
-    return {**plain, "x-guidance": WRITTEN}
+    return {**plain, "$comment": param, "x-guidance": WRITTEN}
 
 
 @lru_cache(maxsize=256)
@@ -72,6 +73,11 @@ def check_grammar(grammar: str, param: str) -> None:
         raise InvalidRequest(param, f"{param}: longer than {MAX_GRAMMAR_CHARS:,} characters")
     from llguidance import LLMatcher
 
+    def problem_of(schema: dict[str, Any]) -> str:
+        return str(LLMatcher.validate_grammar(json.dumps({"grammars": [{"json_schema": schema}]})))
+
     if problem := LLMatcher.validate_grammar(grammar):
         reason = " ".join(problem.split())[:MAX_REASON_CHARS]
-        raise InvalidRequest(param, f"{param}: {reason}", "unsupported_grammar")
+        place = refused_place(grammar, problem_of)
+        code = "unsupported_grammar" if place is None else "unsupported_schema"
+        raise InvalidRequest(place or param, f"{place or param}: {reason}", code)
