@@ -26,7 +26,8 @@ soak: $(VENV)/ready  ## run the long fault runs, about ten minutes each
 
 clients: $(VENV)/ready  ## install the clients that the end-to-end tests run in an environment of their own
 	@test -x .venv-clients/bin/python || $(BIN)/python -m venv .venv-clients
-	@.venv-clients/bin/python -m pip --disable-pip-version-check --quiet install litellm mcp langchain-openai tinfoil-ehbp
+	@for client in "litellm mcp" langchain-openai tinfoil-ehbp; do \
+		.venv-clients/bin/python -m pip --disable-pip-version-check --quiet install $$client || exit 1; done
 	@command -v npm > /dev/null && npm install --silent --no-fund --no-audit --prefix .venv-clients/node ehbp openai \
 		|| echo "npm is not there: the tests of its clients are left out"
 

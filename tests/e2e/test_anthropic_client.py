@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -146,3 +147,47 @@ def test_a_stream_that_is_closed_early_is_metered(server: ServerProcess, ledger:
     record = record_of(ledger, asyncio.run(scenario()), server)
     assert record.finish_reason is FinishReason.CANCELLED
     assert 1 <= record.completion_tokens < 500
+
+
+def test_an_answer_is_held_to_its_schema(client: anthropic.Anthropic) -> None:
+    schema = {"type": "object", "properties": {"total": {"type": "integer", "minimum": 0, "maximum": 99}}}
+    schema |= {"required": ["total"], "additionalProperties": False}
+    message = client.messages.create(
+        model="demo",
+        max_tokens=50,
+        messages=user("3 + 4?"),
+        output_config={"format": {"type": "json_schema", "schema": schema}},
+    )
+    assert 0 <= json.loads(text_of(message))["total"] <= 99
+
+
+def test_arguments_are_streamed_to_the_async_client(server: ServerProcess) -> None:
+    async def scenario() -> tuple[str, object]:
+        async with (
+            anthropic.AsyncAnthropic(base_url=server.url, api_key="none", max_retries=0) as client,
+            client.messages.stream(
+                model="demo", max_tokens=100, messages=user("3 + 4?"), tools=[ADD], tool_choice={"type": "any"}
+            ) as stream,
+        ):
+            written = "".join([event.partial_json async for event in stream if event.type == "input_json"])
+            (block,) = (await stream.get_final_message()).content
+            assert isinstance(block, ToolUseBlock)
+            return written, block.input
+
+    written, arguments = asyncio.run(scenario())
+    assert json.loads(written) == arguments
+
+
+def test_it_retries_until_there_is_room(server: ServerProcess) -> None:
+    """More at once than the queue holds."""
+
+    async def scenario() -> list[int]:
+        async with anthropic.AsyncAnthropic(base_url=server.url, api_key="none", max_retries=8) as client:
+            create = client.messages.with_raw_response.create
+            raws = await asyncio.gather(
+                *(create(model="demo", max_tokens=30, messages=user("Hello!")) for _ in range(90))
+            )
+            assert all([(await raw.parse()).stop_reason == "end_turn" for raw in raws])
+            return [raw.retries_taken for raw in raws]
+
+    assert max(asyncio.run(scenario())) > 0

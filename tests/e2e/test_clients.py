@@ -105,8 +105,13 @@ def test_openai_asynchronously_many_at_once_and_cancelled(server: ServerProcess,
             raise AssertionError("nothing came")
 
     left = asyncio.run(scenario())
+    assert_cancelled(server, ledger, left)
+
+
+def assert_cancelled(server: ServerProcess, ledger: Path, request_id: str) -> None:
+    """Assert that an answer whose reader left has ended early, waiting for its record as long as the server lives."""
     with LedgerReader(ledger) as reader, openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
-        while (record := reader.get(left)) is None:
+        while (record := reader.get(request_id)) is None:
             client.models.list()
     assert record.finish_reason is FinishReason.CANCELLED
     assert record.completion_tokens < 400
@@ -164,6 +169,17 @@ schema = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required"
 wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}
 held = litellm.completion(**common, response_format=wanted)
 later = asyncio.run(litellm.acompletion(**common, max_tokens=8))
+async def more():
+    stream = await litellm.acompletion(**common, stream=True, tools=[tool], tool_choice="required")
+    pieces = [delta async for chunk in stream for delta in (chunk.choices[0].delta.tool_calls or [])]
+    endless = await litellm.acompletion(**common, stream=True, max_tokens=400, extra_body={"ignore_eos": True})
+    async for chunk in endless:
+        await endless.aclose()
+        break
+    many = [litellm.acompletion(**{**common, "num_retries": 8}, max_tokens=30, n=8) for _ in range(24)]
+    answers = await asyncio.gather(*many)
+    return "".join(piece.function.arguments or "" for piece in pieces), chunk.id, len(answers)
+arguments, left, many = asyncio.run(more())
 try:
     litellm.completion(**{**common, "model": "openai/nobody"})
     error = None
@@ -173,10 +189,12 @@ print(json.dumps({
     "whole": whole.choices[0].message.content, "streamed": text, "later": later.choices[0].message.content,
     "call": json.loads(called.choices[0].message.tool_calls[0].function.arguments),
     "held": json.loads(held.choices[0].message.content), "error": error, "tokens": whole.usage.completion_tokens,
+    "arguments": json.loads(arguments), "left": left, "many": many,
 }))
 """
 
 LANGCHAIN = """
+import asyncio
 from pydantic import BaseModel
 from langchain_openai import ChatOpenAI
 import openai
@@ -188,6 +206,14 @@ streamed = "".join(chunk.content for chunk in model.stream("Hello!"))
 called = model.bind_tools([tool], tool_choice="get_weather").invoke("Hello!")
 by_schema = model.with_structured_output(Answer, method="json_schema").invoke("Hello!")
 by_call = model.with_structured_output(Answer, method="function_calling", strict=True).invoke("Hello!")
+async def more():
+    later = (await model.ainvoke("Hello!")).content
+    forced = model.bind_tools([tool], tool_choice="get_weather")
+    pieces = [piece async for chunk in forced.astream("Hello!") for piece in chunk.tool_call_chunks]
+    patient = ChatOpenAI(model="demo", base_url=url, api_key="none", max_retries=8, max_tokens=30, n=8)
+    answers = await asyncio.gather(*(patient.ainvoke("Hello!") for _ in range(24)))
+    return later, "".join(piece["args"] or "" for piece in pieces), len(answers)
+later, arguments, many = asyncio.run(more())
 try:
     ChatOpenAI(model="nobody", base_url=url, api_key="none", max_retries=0).invoke("Hello!")
     error = None
@@ -195,23 +221,29 @@ except openai.NotFoundError as caught:
     error = caught.status_code
 print(json.dumps({
     "whole": whole.content, "streamed": streamed, "call": called.tool_calls[0]["args"], "error": error,
+    "later": later, "arguments": json.loads(arguments), "many": many,
     "kinds": [type(by_schema).__name__, type(by_call).__name__], "tokens": whole.usage_metadata["output_tokens"],
 }))
 """
 
 
-def test_litellm(server: ServerProcess) -> None:
+def test_litellm(server: ServerProcess, ledger: Path) -> None:
     found = other_client(server, LITELLM)
     assert found["whole"] == found["streamed"] == found["later"]
     assert found["call"].keys() == {"city", "days"}
     assert found["held"].keys() == {"a"}
     assert found["error"] == 404
     assert found["tokens"] > 0
+    assert found["arguments"].keys() == {"city", "days"}
+    assert found["many"] == 24
+    assert_cancelled(server, ledger, found["left"])
 
 
 def test_langchain(server: ServerProcess) -> None:
     found = other_client(server, LANGCHAIN)
-    assert found["whole"] == found["streamed"]
+    assert found["whole"] == found["streamed"] == found["later"]
+    assert found["arguments"].keys() == {"city", "days"}
+    assert found["many"] == 24
     assert found["call"].keys() == {"city", "days"}
     assert found["kinds"] == ["Answer", "Answer"]
     assert found["error"] == 404
