@@ -150,8 +150,12 @@ def test_a_stream_that_is_closed_early_is_metered(server: ServerProcess, ledger:
 
 
 def test_an_answer_is_held_to_its_schema(client: anthropic.Anthropic) -> None:
-    schema = {"type": "object", "properties": {"total": {"type": "integer", "minimum": 0, "maximum": 99}}}
-    schema |= {"required": ["total"], "additionalProperties": False}
+    schema = {
+        "type": "object",
+        "properties": {"total": {"type": "integer", "minimum": 0, "maximum": 99}},
+        "required": ["total"],
+        "additionalProperties": False,
+    }
     message = client.messages.create(
         model="demo",
         max_tokens=50,
