@@ -41,9 +41,14 @@ def _path(schema: dict[str, Any], root: dict[str, Any], reason: str, problem: Pr
     shared = {key: root[key] for key in SHARED if key in root}
     for step, part in _parts(schema):
         left -= 1
-        if left > 0 and problem({**shared, **part}) == reason:
+        if left > 0 and _cause(problem({**shared, **part})) == _cause(reason):
             return step + _path(part, root, reason, problem, left)
     return ""
+
+
+def _cause(reason: str) -> str:
+    """Return a reason without the references that led to it."""
+    return " ".join(reason.split()).partition(" while processing")[0]
 
 
 def _parts(schema: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
