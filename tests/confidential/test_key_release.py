@@ -87,7 +87,7 @@ def policy(simulator: Simulator, **changes: Any) -> KeyPolicy:
     measured = Policy.parse({"kinds": ["simulated"], "claims": {"measurement": [MEASUREMENT.hex()]}}, "policy")
     rule = {"resource": RESOURCE, "evidence": measured, "labels": frozenset({TeeLabel.SIMULATED}), **changes}
     trust: Any = {"simulated": [simulator.root_fingerprint]}
-    return KeyPolicy([Release(**rule)], trust)
+    return KeyPolicy(release=[Release(**rule)], trust=trust)
 
 
 @pytest.fixture

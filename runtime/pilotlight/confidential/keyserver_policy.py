@@ -17,22 +17,17 @@ A resource that no rule names is never given. The first rule whose ``resource`` 
 
 from __future__ import annotations
 
-import tomllib
 from datetime import datetime
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 from msgspec import Meta
 
-from pilotlight.confidential.appraisal import Appraisal, Evidence, EvidenceRefused, Kind, Policy, Problem, Reason, Roots
+from pilotlight.confidential.appraisal import Appraisal, Evidence, EvidenceRefused, Policy, Problem, Reason
 from pilotlight.confidential.appraisal import refusal as refused
-from pilotlight.confidential.pins import VENDORS
+from pilotlight.confidential.policy_file import Digest, PolicyFile
 from pilotlight.confidential.verify import appraise
-from pilotlight.errors import ConfigError
 from pilotlight.tee import TeeLabel
-
-Digest = Annotated[str, Meta(pattern=r"^sha256:[0-9a-f]{64}\Z")]
 
 
 class Release(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -44,29 +39,10 @@ class Release(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     labels: frozenset[TeeLabel] = frozenset({TeeLabel.HARDWARE})
 
 
-class KeyPolicy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class KeyPolicy(PolicyFile, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The whole file."""
 
     release: list[Release]
-    trust: dict[Kind, list[str]] = {}
-
-    @classmethod
-    def read(cls, path: Path) -> KeyPolicy:
-        """Raises ConfigError where the file cannot be read or is no policy."""
-        try:
-            content: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-            return msgspec.convert(content, cls)
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError, msgspec.ValidationError) as error:
-            raise ConfigError(f"{path}: is not a policy ({error})") from error
-
-    @property
-    def roots(self) -> Roots:
-        roots = VENDORS
-        for kind, fingerprints in self.trust.items():
-            roots = roots.trusting(kind, *fingerprints)
-        return roots
 
     def decide(
         self, resource: str, evidence: Evidence, report_data: bytes, artifact: str | None, at: datetime

@@ -14,25 +14,18 @@ simulated = ["SHA-256 of the public key of the simulator's root"]
 from __future__ import annotations
 
 import secrets
-import tomllib
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
-from typing import Annotated
 
-import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PublicKey
-from msgspec import Meta
 
-from pilotlight.confidential.appraisal import Appraisal, Kind, Policy, Roots
+from pilotlight.confidential.appraisal import Appraisal, Policy
 from pilotlight.confidential.attested import appraise_attestation
 from pilotlight.confidential.binding import NO_PART, NUM_NONCE_BYTES, Bindings
-from pilotlight.confidential.pins import VENDORS
-from pilotlight.errors import ConfigError, PilotlightError
+from pilotlight.confidential.policy_file import Digest, PolicyFile
+from pilotlight.errors import PilotlightError
 from pilotlight.tee import TeeLabel
-
-Digest = Annotated[str, Meta(pattern=r"^sha256:[0-9a-f]{64}\Z")]
 
 
 class RemoteRefused(PilotlightError):
@@ -42,30 +35,12 @@ class RemoteRefused(PilotlightError):
     code = "remote_refused"
 
 
-class RemotePolicy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class RemotePolicy(PolicyFile, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The whole file."""
 
     evidence: Policy
     artifacts: frozenset[Digest] = frozenset()
     labels: frozenset[TeeLabel] = frozenset({TeeLabel.HARDWARE})
-    trust: dict[Kind, list[str]] = {}
-
-    @classmethod
-    def read(cls, path: Path) -> RemotePolicy:
-        """Raises ConfigError where the file cannot be read or is no policy."""
-        try:
-            return msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), cls)
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError, msgspec.ValidationError) as error:
-            raise ConfigError(f"{path}: is not a policy ({error})") from error
-
-    @property
-    def roots(self) -> Roots:
-        roots = VENDORS
-        for kind, fingerprints in self.trust.items():
-            roots = roots.trusting(kind, *fingerprints)
-        return roots
 
 
 @dataclass(frozen=True, slots=True)
