@@ -102,7 +102,7 @@ def test_the_interface_is_that_of_fp32(demo: Lowered, name: str) -> None:
         if RECIPES[name].has_int8_cache and path.name != PREFILL_GRAPH:
             assert caches == {ir.DataType.INT8}
         else:
-            assert caches == {ir.DataType.FLOAT16 if name == "fp16" else ir.DataType.FLOAT}
+            assert caches == {ir.DataType.FLOAT16 if RECIPES[name].kv_dtype == "float16" else ir.DataType.FLOAT}
 
 
 @pytest.mark.model
