@@ -74,7 +74,7 @@ def test_an_object_is_an_object(toy_artifact: Artifact, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wanted", "pattern"),
     [
-        ({"type": "regex", "regex": r"[a-c]{3}/\d\n\/"}, r"[a-c]{3}/\d\n/"),
+        ({"type": "regex", "regex": r"[a-c]{3}/[0-9]\n\/"}, r"[a-c]{3}/[0-9]\n/"),
         ({"type": "grammar", "syntax": "regex", "definition": "a|bb"}, "a|bb"),
         ({"type": "grammar", "definition": 'start: ("a" | "b")~3 "!"'}, "[ab]{3}!"),
         (
