@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import modal
 
-from deployment import CONFIG, PORT, SHELF, load_deployment
+from deployment import MOUNTED_CONFIG, PORT, SHELF, load_deployment
 
 if TYPE_CHECKING:
     from pilotlight.host.inprocess import Prepared
@@ -33,7 +33,7 @@ image = (
     .add_local_file(wheel, f"/wheels/{wheel.name}", copy=True)
     .uv_pip_install(f"/wheels/{wheel.name}", extra_options="--no-deps")
     .env(dict(wanted.environment))
-    .add_local_file(wanted.config_path, CONFIG)
+    .add_local_file(wanted.config_path, MOUNTED_CONFIG)
     .add_local_python_source("deployment")
 )
 volume = modal.Volume.from_name(wanted.modal.volume, create_if_missing=True)

@@ -18,7 +18,7 @@ from pilotlight.tee import TeeLabel, require_hardware
 
 SHELF = "/artifacts"
 """Where containers see the volume."""
-CONFIG = "/root/pilotlight.toml"
+MOUNTED_CONFIG = "/etc/pilotlight/pilotlight.toml"
 PORT = 8000
 NOTICE_S = 30.0
 """How long ahead Modal tells a container that it is preempted."""
@@ -88,7 +88,7 @@ class Deployment:
     @property
     def environment(self) -> dict[str, str]:
         """What a container has to know to come to the same deployment."""
-        return {"PILOTLIGHT_CONFIG": CONFIG, "PILOTLIGHT_ARTIFACT": self.artifact}
+        return {"PILOTLIGHT_CONFIG": MOUNTED_CONFIG, "PILOTLIGHT_ARTIFACT": self.artifact}
 
 
 def load_deployment(environment: Mapping[str, str] = os.environ) -> Deployment:

@@ -10,13 +10,13 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
 
-from deployment import Deployment, load_deployment
+from deployment import MOUNTED_CONFIG, Deployment, load_deployment
 from fake_modal_api import FakeModalApi, fake_modal_api
 from pilotlight.artifact import WEIGHTS, Artifact, open_artifact
 from pilotlight.config import FunctionSettings, HostSettings, ModalSettings
@@ -155,7 +155,7 @@ def test_the_image_is_the_wheel_and_pinned_packages(deployed: Deployed, toy_arti
     place = f"/artifacts/{toy_artifact.digest.replace(':', '-')}"
     assert steps[4] == [
         "FROM base",
-        "ENV PILOTLIGHT_CONFIG=/root/pilotlight.toml",
+        f"ENV PILOTLIGHT_CONFIG={MOUNTED_CONFIG}",
         f"ENV PILOTLIGHT_ARTIFACT={place}",
     ]
     assert "torch" not in str(steps)
@@ -163,7 +163,8 @@ def test_the_image_is_the_wheel_and_pinned_packages(deployed: Deployed, toy_arti
 
 def test_containers_get_the_settings_and_two_files(deployed: Deployed) -> None:
     mounted = {file.filename for request in deployed.api.calls["MountGetOrCreate"] for file in request.files}
-    assert {"/root/pilotlight.toml", "/root/app.py", "/root/deployment.py"} <= mounted
+    assert MOUNTED_CONFIG in mounted
+    assert {"app.py", "deployment.py"} <= {PurePosixPath(name).name for name in mounted}
     assert not any("torch" in name or name.endswith(".onnx.data") for name in mounted)
 
 
