@@ -38,6 +38,7 @@ NUM_SLOTS = 24
 IDLE_TIMEOUT_S = 8.0
 NOTICE_S = 20.0
 
+POOL = ("tales", "sums")
 CONFIG = """
 [host]
 address = "0.0.0.0"
@@ -65,17 +66,9 @@ idle_timeout_s = {idle}
 [functions.demo.prices]
 prompt_per_million_tokens = "1"
 completion_per_million_tokens = "2"
-
-[functions.tales]
-artifact = "{artifact}"
-deterministic = true
-num_slots = {slots}
-num_threads = 1
-max_context_tokens = {context}
-max_queued_requests = 400
-idle_timeout_s = {idle}
-
-[functions.sums]
+"""
+POOLED = """
+[functions.NAME]
 artifact = "{artifact}"
 deterministic = true
 num_slots = {slots}
@@ -84,6 +77,7 @@ max_context_tokens = {context}
 max_queued_requests = 400
 idle_timeout_s = {idle}
 """
+"""A function that shares replicas with others."""
 
 
 @dataclass
@@ -328,9 +322,10 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
         with KeyDesk(ledger) as desk:
             _, token = desk.create("demo", "demo", None, Limits(tokens_per_day=10**9))
         config = found.folder / "pilotlight.toml"
+        template = CONFIG + "".join(POOLED.replace("NAME", name) for name in POOL)
         config.write_text(
-            CONFIG.format(port=SERVE_PORT, ledger=ledger, folder=found.folder, artifact=options.artifact.resolve(),
-                          slots=NUM_SLOTS, context=CONTEXT, idle=IDLE_TIMEOUT_S)
+            template.format(port=SERVE_PORT, ledger=ledger, folder=found.folder, artifact=options.artifact.resolve(),
+                            slots=NUM_SLOTS, context=CONTEXT, idle=IDLE_TIMEOUT_S)
         )  # fmt: skip
         load_settings(config)
         head = found.add("head")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from moto.server import ThreadedMotoServer
 
 from event import Reading
 from fake_runtime_api import FakeRuntimeApi, fake_runtime_api
@@ -19,6 +21,18 @@ from support import VOCAB_SIZE, Serving, serving
 
 MANY_RUNS = 10_000
 RESUME_SECRET = "a secret of all sandboxes"
+
+
+@contextmanager
+def moto_server() -> Iterator[str]:
+    """Run AWS's stand-in on a port of its own and yield its URL."""
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        yield f"http://{host}:{port}"
+    finally:
+        server.stop()
 
 
 class GatedSession(FakeSession):

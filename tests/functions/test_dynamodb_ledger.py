@@ -13,9 +13,9 @@ from typing import Any
 import boto3
 import pytest
 from cfnlint.decode import cfn_yaml
-from moto.server import ThreadedMotoServer
 
 from fake_runtime_api import fake_runtime_api
+from lambda_support import moto_server
 from pilotlight.artifact import Artifact
 from pilotlight.errors import ConfigError, LedgerUnavailable, RequestIdInUse, RequestNotFound
 from pilotlight.metering.dynamodb_ledger import DynamoDbLedger
@@ -31,13 +31,8 @@ TEMPLATE = Path(__file__).parents[2] / "infra" / "lambda" / "template.yaml"
 
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[str]:
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
-        yield f"http://{host}:{port}"
-    finally:
-        server.stop()
+    with moto_server() as url:
+        yield url
 
 
 @pytest.fixture

@@ -13,10 +13,10 @@ import boto3
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moto.server import ThreadedMotoServer
 
 import s3_artifact
 from fake_runtime_api import fake_runtime_api
+from lambda_support import moto_server
 from pilotlight.artifact import MANIFEST, WEIGHTS, Artifact, FileEntry, open_artifact
 from pilotlight.errors import ArtifactError, ConfigError
 from s3_artifact import Place, fetch, parts_of
@@ -32,13 +32,8 @@ def _account(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def moto() -> Iterator[str]:
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
-        yield f"http://{host}:{port}"
-    finally:
-        server.stop()
+    with moto_server() as url:
+        yield url
 
 
 @pytest.fixture
