@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import shutil
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +18,7 @@ from numpy.typing import NDArray
 from onnxruntime import InferenceSession
 
 from pilotlight.artifact import GRAPH, WEIGHTS, Artifact, Manifest, open_artifact
-from pilotlight.engine.graph_cache import STAMP, GraphCache
+from pilotlight.engine.graph_cache import LEFT_FREE_BYTES, STAMP, UNUSED_S, GraphCache
 from pilotlight.engine.session import OnnxSession
 from support import write_artifact
 
@@ -101,6 +105,53 @@ def test_a_failed_making_leaves_nothing(toy_artifact: Artifact, tmp_path: Path) 
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
+def test_what_a_killed_process_had_begun_is_cleared_away(toy_artifact: Artifact, tmp_path: Path) -> None:
+    """A process that is killed while it makes a graph leaves up to a gigabyte behind."""
+
+    def make_and_die() -> None:
+        with GraphCache(tmp_path, "runtime 1").making(toy_artifact, GRAPH) as target:
+            target.write_bytes(b"half a graph")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    maker = multiprocessing.get_context("fork").Process(target=make_and_die)
+    maker.start()
+    maker.join()
+    assert len(list(tmp_path.glob("*/.making-*"))) == 1
+    keep(GraphCache(tmp_path, "runtime 1"), toy_artifact)
+    assert not list(tmp_path.glob("*/.making-*"))
+
+
+def test_what_is_being_made_is_left_alone(toy_artifact: Artifact, tmp_path: Path) -> None:
+    cache = GraphCache(tmp_path / "cache", "runtime 1")
+    with cache.making(toy_artifact, GRAPH) as target:
+        target.write_bytes(b"graph")
+        (target.parent / WEIGHTS).write_bytes(b"weights")
+        keep(cache, open_artifact(write_artifact(tmp_path / "other", family="other")))
+    assert cache.find(toy_artifact, GRAPH) is not None
+
+
+def test_graphs_that_nobody_opened_for_long_are_cleared_away(toy_artifact: Artifact, tmp_path: Path) -> None:
+    cache = GraphCache(tmp_path / "cache", "runtime 1")
+    others = [open_artifact(write_artifact(tmp_path / name, family=name)) for name in ("used", "unused")]
+    long_ago = time.time() - UNUSED_S - 60
+    for kept in [keep(cache, artifact) for artifact in others]:
+        os.utime(kept.with_name(STAMP), (long_ago, long_ago))
+    assert cache.find(others[0], GRAPH) is not None, "which counts as a use"
+    keep(cache, toy_artifact)
+    assert [cache.find(artifact, GRAPH) is not None for artifact in others] == [True, False]
+    assert len(list((tmp_path / "cache").iterdir())) == 2, "and no empty folder of its artifact remains"
+
+
+def test_a_nearly_full_disk_gets_no_graphs(
+    toy_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = shutil.disk_usage(tmp_path)._replace(free=LEFT_FREE_BYTES)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+    with pytest.raises(OSError, match="No space left"):
+        keep(GraphCache(tmp_path, "runtime 1"), toy_artifact)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
 def _logits(artifact: Artifact, cache_dir: Path | None) -> NDArray[np.float32]:
     session = OnnxSession(artifact, 2, 128, num_threads=1, cache_dir=cache_dir)
     first = session.prefill(0, PROMPT, 0).copy()
@@ -111,10 +162,10 @@ def _logits(artifact: Artifact, cache_dir: Path | None) -> NDArray[np.float32]:
 def test_a_kept_graph_computes_the_same_bits(demo_int4: Artifact, tmp_path: Path) -> None:
     plain = _logits(demo_int4, None)
     making = _logits(demo_int4, tmp_path)
-    stamp = next(tmp_path.rglob(STAMP))
-    made_at_ns = stamp.stat().st_mtime_ns
+    weights = next(tmp_path.rglob(STAMP)).with_name(WEIGHTS)
+    made_at_ns = weights.stat().st_mtime_ns
     kept = _logits(demo_int4, tmp_path)
-    assert stamp.stat().st_mtime_ns == made_at_ns, "the kept graph was used, not made again"
+    assert weights.stat().st_mtime_ns == made_at_ns, "the kept graph was used, not made again"
     assert np.array_equal(plain, making)
     assert np.array_equal(plain, kept)
 

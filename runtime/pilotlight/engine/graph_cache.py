@@ -5,15 +5,21 @@ start needs neither the time nor the private memory to lay them out again. Such 
 and one kind of processor, so it is made where it is used and is never part of an artifact. It is used only when its
 stamp says that it was made for this artifact, by this runtime, on this kind of processor, and has not changed since,
 and when nobody but this user could have written it.
+
+Making a graph also clears away what nobody would miss: what a process that was killed had begun, and the graphs of
+artifacts that were not opened for a month. On a disk that is nearly full none is made.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import os
 import platform
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,6 +30,9 @@ from pilotlight.artifact import GRAPH, WEIGHTS, Artifact, sha256_of
 
 STAMP = "stamp.json"
 PRIVATE = 0o700
+BEGUN = ".making-"
+UNUSED_S = 30 * 86400
+LEFT_FREE_BYTES = 2 * 1024**3
 
 
 class Stamp(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -54,19 +63,27 @@ class GraphCache:
             trusted = _is_private(entry) and stamp == self._stamp(artifact, name, entry)
         except (OSError, msgspec.DecodeError, UnicodeDecodeError):
             return None
-        return entry / GRAPH if trusted else None
+        if not trusted:
+            return None
+        with suppress(OSError):  # a cache that can only be read has its graphs cleared away by its owner
+            os.utime(entry / STAMP)
+        return entry / GRAPH
 
     @contextmanager
     def making(self, artifact: Artifact, name: str) -> Iterator[Path]:
         """Yield the path to write a graph to, its weights beside it; it is kept when the block ends without an error.
 
         Raises:
-            OSError: the cache cannot be written.
+            OSError: the cache cannot be written, or its disk is nearly full.
         """
         entry = self._entry(artifact, name)
         entry.parent.mkdir(mode=PRIVATE, parents=True, exist_ok=True)
-        workplace = Path(tempfile.mkdtemp(prefix=".making-", dir=entry.parent))
+        self._clear_away()
+        _check_room(entry.parent, artifact)
+        workplace = Path(tempfile.mkdtemp(prefix=BEGUN, dir=entry.parent))
+        held = os.open(workplace, os.O_RDONLY)
         try:
+            fcntl.flock(held, fcntl.LOCK_EX)
             yield workplace / GRAPH
             stamp = self._stamp(artifact, name, workplace)
             (workplace / STAMP).write_bytes(msgspec.json.encode(stamp))
@@ -74,11 +91,23 @@ class GraphCache:
             with suppress(OSError):  # another process was quicker; its graph is as good
                 workplace.rename(entry)
         finally:
+            os.close(held)
             shutil.rmtree(workplace, ignore_errors=True)
 
     def discard(self, artifact: Artifact, name: str) -> None:
         """Remove a kept graph."""
         shutil.rmtree(self._entry(artifact, name), ignore_errors=True)
+
+    def _clear_away(self) -> None:
+        for begun in self._directory.glob(f"*/{BEGUN}*"):
+            if not _is_held(begun):
+                shutil.rmtree(begun, ignore_errors=True)
+        oldest = time.time() - UNUSED_S
+        for stamp in self._directory.glob(f"*/*/{STAMP}"):
+            with suppress(OSError):  # another process clears away, too
+                if stamp.stat().st_mtime < oldest:
+                    shutil.rmtree(stamp.parent)
+                    stamp.parent.parent.rmdir()
 
     def _entry(self, artifact: Artifact, name: str) -> Path:
         """One place for each artifact's graph, so that a new runtime replaces what an old one left there."""
@@ -95,6 +124,28 @@ class GraphCache:
             weights.st_size,
             weights.st_mtime_ns,
         )
+
+
+def _check_room(directory: Path, artifact: Artifact) -> None:
+    """Raise an OSError where a graph with all of an artifact's weights would all but fill the disk."""
+    needed = LEFT_FREE_BYTES + sum((artifact.path / file).stat().st_size for file in artifact.manifest.files)
+    if shutil.disk_usage(directory).free < needed:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(directory))
+
+
+def _is_held(workplace: Path) -> bool:
+    """Return whether a living process is still making a graph here; the system lets go of a lock with its process."""
+    try:
+        held = os.open(workplace, os.O_RDONLY)
+    except OSError:
+        return True  # gone by now, or not ours
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(held)
+    return False
 
 
 def _is_private(entry: Path) -> bool:
