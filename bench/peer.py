@@ -53,6 +53,10 @@ class Peer(Protocol):
     def is_four_bit(self) -> bool:
         """Whether its figures count as the best peer's."""
 
+    @property
+    def is_server(self) -> bool:
+        """Whether it is asked over HTTP; the others are asked through a pipe, and compared with our engine alone."""
+
     def missing(self) -> str | None:
         """Return what is not installed, or None."""
 

@@ -18,6 +18,7 @@ class PeerRecord:
 
     state: str
     is_four_bit: bool
+    is_server: bool
     versions: dict[str, str] = field(default_factory=dict)
 
 

@@ -28,8 +28,8 @@ from plot import plot
 from report import mean_context, table
 from results import PeerRecord, Result, Values, read
 from rows import WORKLOADS, Measured, Workload, step_bytes
-from servers import OURS, LlamaServer, Pilotlight
-from workers import Worker
+from servers import OUR_ENGINE, OURS, LlamaServer, Pilotlight
+from workers import OurEngine, Worker
 
 Models = Mapping[Peer, Path]
 WARM_TOKENS = 8
@@ -40,7 +40,7 @@ ROWS = [*WORKLOADS, COLD_START]
 
 
 def all_peers(recipe: str, llama_server: str | None, environments: Path) -> list[Peer]:
-    """Return ourselves, first, and every peer, installed or not."""
+    """Return ourselves, served and as an engine alone, and every peer, installed or not."""
 
     def python(name: str) -> Path | None:
         path = environments / name / "bin" / "python"
@@ -49,8 +49,10 @@ def all_peers(recipe: str, llama_server: str | None, environments: Path) -> list
     genai, openvino = python("onnxruntime-genai"), python("openvino-genai")
     torch = python("transformers") or Path(sys.executable)  # the export extra holds it as well
     sizes = (32, 128)
+    served = Pilotlight(recipe)
     return [
-        Pilotlight(recipe),
+        served,
+        OurEngine(served),
         LlamaServer(llama_server),
         *(
             Worker(f"onnxruntime-genai-{n}", "genai_worker.py", genai, f"genai-{n}", ("--block-size", str(n)))
@@ -95,7 +97,9 @@ def _open_all(models: Models, setting: Setting, stack: ExitStack, result: Result
         except PeerFailed as error:
             _note_failure(result, f"{setting.num_slots} slots", peer.name, error)
         else:
-            result.peers[peer.name] = PeerRecord("measured", peer.is_four_bit, opened[peer.name].versions)
+            result.peers[peer.name] = PeerRecord(
+                "measured", peer.is_four_bit, peer.is_server, opened[peer.name].versions
+            )
     return opened
 
 
@@ -154,12 +158,12 @@ def _prepare_all(shape: Shape, peers: Sequence[Peer], directory: Path, result: R
     for peer in peers:
         missing = peer.missing()
         if missing:
-            result.peers[peer.name] = PeerRecord(f"not installed: {missing}", peer.is_four_bit)
+            result.peers[peer.name] = PeerRecord(f"not installed: {missing}", peer.is_four_bit, peer.is_server)
             continue
         try:
             models[peer] = peer.prepare(shape, source, directory)
         except PeerFailed as error:
-            result.peers[peer.name] = PeerRecord(f"failed: {error}", peer.is_four_bit)
+            result.peers[peer.name] = PeerRecord(f"failed: {error}", peer.is_four_bit, peer.is_server)
             print(f"{shape.name}: {peer.name}: {error}", file=sys.stderr, flush=True)
     return models
 
@@ -229,7 +233,7 @@ def main() -> None:
         unknown = set(args.peers) - {peer.name for peer in peers}
         if unknown:
             parser.error(f"no such peer: {', '.join(sorted(unknown))}; there are {', '.join(p.name for p in peers)}")
-        peers = [peer for peer in peers if peer.name in {OURS, *args.peers}]
+        peers = [peer for peer in peers if peer.name in {OURS, OUR_ENGINE, *args.peers}]
     for shape in SHAPES.values() if args.model == "all" else [SHAPES[args.model]]:
         run_shape(shape, peers, args)
 

@@ -30,6 +30,7 @@ from pilotlight.engine.session import OnnxSession
 START_TIMEOUT_S = 120
 STOP_TIMEOUT_S = 30
 OURS = "pilotlight"
+OUR_ENGINE = "pilotlight-engine"
 
 
 class Api(Protocol):
@@ -70,7 +71,7 @@ class Pilotlight:
     """This project, serving an artifact that it exported itself."""
 
     path = "/v1/completions"
-    is_four_bit = True
+    is_four_bit = is_server = True
 
     def __init__(self, recipe: str, name: str = OURS) -> None:
         self.name, self._recipe = name, recipe
@@ -84,7 +85,7 @@ class Pilotlight:
         if not artifact.exists():
             command = [sys.executable, "-m", "pilotlight", "export", str(source), "--out", str(artifact)]
             _run([*command, "--precision", self._recipe.split("-")[0], "--recipe", self._recipe])
-        OnnxSession(open_artifact(artifact), 1, 512, 1, _cache_of(artifact))
+        OnnxSession(open_artifact(artifact), 1, 512, 1, cache_of(artifact))
         return artifact
 
     @contextmanager
@@ -93,7 +94,7 @@ class Pilotlight:
             config = directory / "pilotlight.toml"
             config.write_text(
                 f"[host]\nport = {port}\nledger = {json.dumps(str(directory / 'usage.db'))}\n"
-                f"cache_dir = {json.dumps(str(_cache_of(model).absolute()))}\n"
+                f"cache_dir = {json.dumps(str(cache_of(model).absolute()))}\n"
                 f"[functions.bench]\nartifact = {json.dumps(str(model))}\nnum_slots = {setting.num_slots}\n"
                 f"num_threads = {setting.num_threads}\nmax_context_tokens = {setting.max_context_tokens}\n"
                 "prefix_cache_mb = 0\n"  # as llama-server's prompt cache is off, too
@@ -119,7 +120,7 @@ class LlamaServer:
 
     name = "llama-server"
     path = "/completion"
-    is_four_bit = True
+    is_four_bit = is_server = True
 
     def __init__(self, program: str | None) -> None:
         self._program = program
@@ -183,7 +184,8 @@ def stop(process: subprocess.Popen[Any]) -> None:
         process.wait()
 
 
-def _cache_of(artifact: Path) -> Path:
+def cache_of(artifact: Path) -> Path:
+    """Return where the graphs that an artifact's first start makes are kept."""
     return artifact.parent / "cache"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from measure import Stream
 from memory import Memory, PeakMemory
 from models import Shape
 from peer import Opened, PeerFailed, Setting
-from servers import stop
+from servers import OUR_ENGINE, Pilotlight, cache_of, stop
 
 SCRIPTS = Path(__file__).parent / "peers"
 ANSWER_TIMEOUT_S = 300.0
@@ -64,7 +65,7 @@ class OpenedWorker:
         return answer
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Worker:
     """A library, its interpreter, and how its model is made; ``prepared_as`` names it, "" takes the source itself."""
 
@@ -75,6 +76,7 @@ class Worker:
     prepare_options: tuple[str, ...] = ()
     options: tuple[tuple[str, Any], ...] = ()
     is_four_bit: bool = True
+    is_server = False
 
     def missing(self) -> str | None:
         return None if self.python else f"an environment for {self.name} (bench/README.md)"
@@ -99,16 +101,34 @@ class Worker:
         memory = PeakMemory(process.pid)
         try:
             opened = OpenedWorker(process, memory)
-            opened.load(model=str(model.absolute()), options=dict(self.options), **vars(setting))
+            opened.load(model=str(model.absolute()), options=self.options_for(model), **vars(setting))
             yield opened
         finally:
             memory.stop()
             stop(process)
             _close(process)
 
+    def options_for(self, model: Path) -> dict[str, Any]:
+        """Return what the script is told beside the setting."""
+        return dict(self.options)
+
     def _command(self) -> list[str]:
         assert self.python is not None
         return [str(self.python), str(SCRIPTS / self.script)]
+
+
+class OurEngine(Worker):
+    """This project's engine without its server, on the artifact that the server serves."""
+
+    def __init__(self, served: Pilotlight) -> None:
+        super().__init__(OUR_ENGINE, "pilotlight_worker.py", Path(sys.executable))
+        self._served = served
+
+    def prepare(self, shape: Shape, source: Path, directory: Path) -> Path:
+        return self._served.prepare(shape, source, directory)
+
+    def options_for(self, model: Path) -> dict[str, Any]:
+        return {"cache_dir": str(cache_of(model).absolute())}
 
 
 def _close(process: subprocess.Popen[str]) -> None:

@@ -20,12 +20,13 @@ from measure import Stream, steady_tokens_per_s, total_tokens_per_s
 from memory import Memory, resident
 from models import SHAPES, Shape
 from peer import Opened, Peer, PeerFailed, Setting
+from pilotlight.artifact import Artifact
 from report import roofline_shares, table
 from results import PeerRecord, Result, read
 from rows import WORKLOADS, step_bytes
 from run import measure_cold_start, measure_shape, resumed, run_shape
-from servers import OURS
-from workers import Worker
+from servers import OUR_ENGINE, OURS, Pilotlight
+from workers import OurEngine, Worker
 
 SHAPE = SHAPES["smollm2-135m"]
 MACHINE = {"processor": "a processor", "threads_of_each_peer": 2, "instructions": ["avx2"]}
@@ -55,6 +56,7 @@ class FakePeer:
 
     def __init__(self, name: str, step_s: float, *, fails_at: int = 1000, opens: bool = True) -> None:
         self.name, self.is_four_bit = name, not name.endswith("fp32")
+        self.is_server = name in (OURS, "server")
         self.versions = {name: "1.0"}
         self.asked: list[list[list[int]]] = []
         self._step_s, self._fails_at, self._opens = step_s, fails_at, opens
@@ -115,19 +117,26 @@ def test_a_peer_that_fails_loses_only_its_own_figures(tmp_path: Path) -> None:
     assert "falls failed: it fell over" in table(result)
 
 
-def test_the_table_compares_with_the_best_four_bit_peer(tmp_path: Path) -> None:
-    peers = [FakePeer(OURS, 0.010), FakePeer("slow", 0.020), FakePeer("good", 0.012), FakePeer("torch-fp32", 0.001)]
-    result = measured(peers, ["decode-128", "streams-8"], tmp_path)
-    result.peers["absent"] = PeerRecord("not installed: the program absent", True)
+def test_the_table_compares_like_with_like(tmp_path: Path) -> None:
+    """Our server with servers, our engine with libraries, and both must reach what is asked."""
+    steps = {OURS: 0.010, OUR_ENGINE: 0.008, "server": 0.020, "slow": 0.020, "good": 0.012, "torch-fp32": 0.001}
+    result = measured([FakePeer(*peer) for peer in steps.items()], ["decode-128", "streams-8"], tmp_path)
+    result.peers["absent"] = PeerRecord("not installed: the program absent", True, True)
     lines = table(result).splitlines()
     decode, steady, memory = (
         next(line for line in lines if line.startswith(f"| {start}"))
         for start in ("decode, 1 stream, context 128", "8 streams, steady", "8 streams, peak anonymous")
     )
-    assert decode.endswith("| good | 1.20 (1.20–1.20) |  | ≥ 1 | met |")
-    assert steady.endswith("| good | 1.20 (1.20–1.20) |  | ≥ 1.6 | **missed** |")
-    assert memory.endswith("| good | 0.83 (0.83–0.83) |  | ≤ 1 | met |")
+    assert decode.endswith("| server | 2.00 (2.00–2.00) | good | 1.50 (1.50–1.50) | ≥ 1 | met |")
+    assert steady.endswith("| server | 2.00 (2.00–2.00) | good | 1.50 (1.50–1.50) | ≥ 1.6 | **missed** |")
+    assert memory.endswith("| server | 0.50 (0.50–0.50) | good | 0.67 (0.67–0.67) | ≤ 1 | met |")
     assert "- absent: not installed: the program absent" in lines
+
+
+def test_without_peers_the_table_has_figures_and_no_verdict(tmp_path: Path) -> None:
+    result = measured([FakePeer(OURS, 0.010)], ["decode-128"], tmp_path)
+    line = next(line for line in table(result).splitlines() if line.startswith("| decode, 1 stream"))
+    assert line.endswith("| 100.0 (100.0–100.0) |  | – |  | – | ≥ 1 |  |")
 
 
 def test_shares_of_the_roofline_follow_from_the_bytes_of_a_step(tmp_path: Path) -> None:
@@ -187,6 +196,14 @@ def test_a_worker_that_dies_is_a_failed_peer(worker: Worker, tmp_path: Path) -> 
     dying = replace(worker, options=(("dies", True),))
     with dying.open(tmp_path, Setting(1, 1, 512)) as opened, pytest.raises(PeerFailed, match="ended"):
         opened.generate([[1]], 1)
+
+
+@pytest.mark.model
+def test_our_engine_answers_as_a_library_does(demo_int4: Artifact) -> None:
+    with OurEngine(Pilotlight("int4")).open(demo_int4.path, Setting(1, 2, 256)) as opened:
+        answers = opened.generate([[5, 6, 7], [8, 9, 10]], 4)
+    assert [len(answer.token_times) for answer in answers] == [4, 4]
+    assert opened.versions.keys() == {"pilotlight", "onnxruntime"}
 
 
 def test_tokens_count_when_their_event_is_complete() -> None:
