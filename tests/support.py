@@ -145,6 +145,7 @@ async def serving(
     max_kept_answer_bytes: int = 1_000_000,
     resumes_all_streams: bool = False,
     resume_secret: str = "",
+    max_answer_tokens: int | None = None,
     middleware: Sequence[Callable[[ASGIApp], ASGIApp]] = (),
     attester: Attester | None = None,
     tee: TeeLabel = TeeLabel.NONE,
@@ -166,6 +167,7 @@ async def serving(
             ledger,
             prices,
             max_context_tokens=session.max_context_tokens,
+            max_answer_tokens=max_answer_tokens,
             tee=tee,
             observer=metrics,
         )

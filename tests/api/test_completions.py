@@ -286,8 +286,7 @@ def test_a_full_queue_is_refused_with_retry_after(toy_artifact: Artifact, tmp_pa
 
 def test_no_answer_is_longer_than_the_function_allows(toy_artifact: Artifact, tmp_path: Path) -> None:
     async def scenario() -> None:
-        async with serving(toy_artifact, tmp_path) as toy:
-            toy.function.max_answer_tokens = 5
+        async with serving(toy_artifact, tmp_path, max_answer_tokens=5) as toy:
             for params in ({"max_tokens": 20}, {"max_tokens": 5}, {"max_tokens": 3}):
                 answer = (await toy.complete("hi", ignore_eos=True, **params)).json()
                 assert answer["usage"]["completion_tokens"] == min(5, params["max_tokens"])

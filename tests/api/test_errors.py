@@ -184,7 +184,7 @@ def test_a_defect_while_generating_ends_the_answer(
             def break_down(*usage: object) -> None:
                 raise KeyError("secret")
 
-            monkeypatch.setattr("pilotlight.function.final_record", break_down)
+            monkeypatch.setattr("pilotlight.function.run.final_record", break_down)
             response = await asyncio.wait_for(toy.chat(max_tokens=2, stream=stream), 20)
             assert "an internal error occurred" in response.text
             assert "secret" not in response.text

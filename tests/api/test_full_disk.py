@@ -62,7 +62,7 @@ def test_a_running_stream_ends_and_its_record_is_written_later(
 ) -> None:
     steps = threading.Semaphore(5)
     session = FakeSession(VOCAB_SIZE, max_context_tokens=4000, before_run=steps.acquire)
-    monkeypatch.setattr("pilotlight.function.RETRY_DELAYS_S", (0.001,))
+    monkeypatch.setattr("pilotlight.function.run.RETRY_DELAYS_S", (0.001,))
 
     async def scenario() -> None:
         async with serving(toy_artifact, tmp_path, session) as api:
