@@ -18,7 +18,7 @@ FUNCTIONS = ROOT / "functions"
 # What each part may import besides itself. Nobody imports `cli` but the two ways to start the program, and it loads a
 # command only when that is called; so `commands` is where the program's ends meet.
 GROUND = {"errors", "tee"}
-CONTRACTS = GROUND | {"request", "artifact", "config", "mailbox"}
+CONTRACTS = GROUND | {"request", "artifact", "config", "mailbox", "scratch"}
 ANSWER = CONTRACTS | {"text"}
 FUNCTION = ANSWER | {"answer", "metering"}
 API = FUNCTION | {"function", "confidential"}
@@ -32,6 +32,7 @@ LAW = {
     "mailbox": GROUND | {"request"},  # apart from `request`: a replica has no event loop, and should not pay for one
     "artifact": GROUND,
     "config": GROUND,
+    "scratch": set(),
     "text": CONTRACTS,
     "metering": CONTRACTS,
     "engine": CONTRACTS,
@@ -46,7 +47,7 @@ LAW = {
     "__main__": {"cli"},
     "__init__": set(),
     "functions": COMMANDS,
-    "pilotlight_export": {"artifact", "errors"},
+    "pilotlight_export": {"artifact", "errors", "scratch"},
 }
 COMMAND_MODULES = sorted(path.stem for path in (RUNTIME / "commands").glob("[!_]*.py"))
 EXPORT_ONLY = {"pilotlight_export", "torch", "optimum", "transformers"}

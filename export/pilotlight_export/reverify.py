@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pilotlight.artifact import Artifact, open_artifact
+from pilotlight.scratch import scratch
 from pilotlight_export.errors import TargetError, VerificationError
 from pilotlight_export.export import build_exact, find_source
 from pilotlight_export.progress import Progress
@@ -57,8 +58,7 @@ def verify_artifact(
         stage.outcome = f"all {len(artifact.manifest.files)} files"
     pinned = revision or _pinned_revision(artifact, model)
     try:
-        with tempfile.TemporaryDirectory(prefix="pilotlight-verify-") as name:
-            directory = Path(name)
+        with scratch("pilotlight-verify-") as directory:
             source = find_source(model, pinned, directory, allow_pickle, progress)
             _check_same_model(artifact, source)
             prompts = Prompts(source.directory)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import atexit
 import json
 import re
-import shutil
-import tempfile
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pilotlight.artifact import Shapes, SpecialTokens
 from pilotlight.artifact import Source as SourceEntry
+from pilotlight.scratch import scratch
 from pilotlight_export.config import (
     check_config,
     family_of,
@@ -96,8 +96,9 @@ def _readable(directory: Path, config: dict[str, Any]) -> Path:
     """Return a directory with this config: the model's own, or links to its files until the process ends."""
     if config == read_json(directory / CONFIG):
         return directory
-    linked = Path(tempfile.mkdtemp(prefix="pilotlight-"))
-    atexit.register(shutil.rmtree, linked, ignore_errors=True)
+    until_the_end = ExitStack()
+    atexit.register(until_the_end.close)
+    linked = until_the_end.enter_context(scratch("pilotlight-source-"))
     for path in directory.iterdir():
         (linked / path.name).symlink_to(path.resolve())
     (linked / CONFIG).unlink()

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pilotlight.artifact import MANIFEST
+from pilotlight.scratch import abandoned, scratch
 from pilotlight_export.errors import TargetError
 
 ARTIFACT = "artifact"
 REPLACED = "replaced"
-LOCK = "lock"
 
 
 def check_target(target: Path) -> None:
@@ -60,13 +57,10 @@ def workplace(target: Path) -> Iterator[Path]:
     made = [parent for parent in target.absolute().parents if not parent.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(target)
-        with (
-            tempfile.TemporaryDirectory(prefix=_prefix(target), dir=target.parent) as directory,
-            (Path(directory) / LOCK).open("wb") as lock,
-        ):
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield Path(directory)
+        for directory in abandoned(_prefix(target), target.parent):
+            _put_back(directory, target)
+        with scratch(_prefix(target), target.parent) as directory:
+            yield directory
     except OSError as error:
         raise TargetError(f"{error.filename or target}: {error.strerror or error}") from error
     finally:
@@ -93,17 +87,6 @@ def move_into_place(directory: Path, target: Path) -> None:
 
 def _prefix(target: Path) -> str:
     return f".{target.name}.export-"
-
-
-def _sweep(target: Path) -> None:
-    """Remove the directories of exports to this target that were killed; a live one holds its lock."""
-    for directory in target.parent.glob(f"{_prefix(target)}*"):
-        if not re.fullmatch(r"[a-z0-9_]{8}", directory.name.removeprefix(_prefix(target))):
-            continue
-        with suppress(FileNotFoundError, BlockingIOError), (directory / LOCK).open("rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _put_back(directory, target)
-            shutil.rmtree(directory)
 
 
 def _put_back(directory: Path, target: Path) -> None:

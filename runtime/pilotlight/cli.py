@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import signal
 from typing import Any
 
 import click
@@ -63,3 +64,4 @@ def main() -> None:
     Turn a Hugging Face model into a small verified artifact with `export`, look at it with `inspect`, try it with
     `invoke`, serve it over the OpenAI API with `serve`, and see what was used with `usage`.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # files to work in are removed; servers drain instead

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from pilotlight.scratch import LOCK
 from pilotlight_export.errors import TargetError
-from pilotlight_export.workplace import ARTIFACT, LOCK, REPLACED, check_space, check_target, move_into_place, workplace
+from pilotlight_export.workplace import ARTIFACT, REPLACED, check_space, check_target, move_into_place, workplace
 
 DiskUsage = namedtuple("DiskUsage", "total used free")
 

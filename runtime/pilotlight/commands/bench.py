@@ -36,12 +36,13 @@ def bench(
     as_json: bool,
 ) -> None:
     """Measure ARTIFACT on this machine, behind prompts of 128 random tokens."""
+    from pilotlight.config import load_settings
     from pilotlight.host.bench import Bench
     from pilotlight.request import SamplingParams
 
     if profile == rates:
         raise click.UsageError("choose one of --profile and --rates")
-    to_measure = Bench(artifact, threads)
+    to_measure = Bench(artifact, threads, load_settings(None).host.cache_dir)
     if rates:
         click.echo(msgspec.json.format(msgspec.json.encode(to_measure.rates()), indent=2))
         return

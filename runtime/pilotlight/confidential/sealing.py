@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import secrets
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +22,7 @@ from pilotlight.confidential.sealed_manifest import (
 )
 from pilotlight.errors import ArtifactError, ConfigError
 from pilotlight.metering.signing import write_private
+from pilotlight.scratch import scratch
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -105,18 +103,9 @@ def _appearing(target: Path) -> Iterator[Path]:
         raise ArtifactError(target, "exists already")
     try:
         target.absolute().parent.mkdir(parents=True, exist_ok=True)
-        workplace = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.absolute().parent))
+        with scratch(f".{target.name}.seal-", target.absolute().parent) as directory:
+            (sealed := directory / "sealed").mkdir()
+            yield sealed
+            sealed.rename(target)
     except OSError as error:
-        raise ArtifactError(target, f"cannot be written ({error.strerror})") from error
-    try:
-        yield workplace
-        workplace.chmod(0o777 & ~_umask())
-        workplace.rename(target)
-    finally:
-        shutil.rmtree(workplace, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
+        raise ArtifactError(Path(error.filename or target), f"cannot be read or written ({error.strerror})") from error

@@ -6,7 +6,6 @@ import json
 import queue
 import random
 import statistics
-import tempfile
 import threading
 from collections import Counter
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from pilotlight.engine.policy import DEFAULT_POLICY
 from pilotlight.engine.session import OnnxSession
 from pilotlight.engine.timeline import StageTimes
 from pilotlight.request import SamplingParams, Sequence
+from pilotlight.scratch import scratch
 
 PROMPT_TOKENS = 128
 WARM_UP_STEPS = 5
@@ -94,7 +94,7 @@ def operator_shares(
     artifact: Artifact, num_threads: int, graph: DecodeGraph, num_streams: int, num_steps: int
 ) -> dict[str, float]:
     """Return what part of a decode run each kind of operator takes, by ONNX Runtime's own profile."""
-    with tempfile.TemporaryDirectory() as directory:
+    with scratch("pilotlight-profile-") as directory:
         context = PROMPT_TOKENS + num_steps + 1
         session = OnnxSession(artifact, num_streams, context, num_threads, profile_prefix=f"{directory}/profile")
         for slot in range(num_streams):

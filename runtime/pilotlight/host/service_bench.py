@@ -16,7 +16,6 @@ import socket
 import statistics
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -33,6 +32,7 @@ from pilotlight.errors import StartFailed
 from pilotlight.host.memory import private_bytes
 from pilotlight.host.rates import HostRates, StartRates, StepRates
 from pilotlight.host.step_times import StepTimes
+from pilotlight.scratch import scratch
 
 ROUNDS = 9
 WAKINGS = 4
@@ -251,8 +251,8 @@ class ServiceBench:
 
     @contextlib.contextmanager
     def _server(self) -> Iterator[tuple[subprocess.Popen[str], int]]:
-        with tempfile.TemporaryDirectory() as directory:
-            config = Path(directory) / "pilotlight.toml"
+        with scratch("pilotlight-bench-") as directory:
+            config = directory / "pilotlight.toml"
             config.write_text(self._config(directory), encoding="utf-8")
             command = [sys.executable, "-m", "pilotlight", "serve", "--config", str(config), "--port", "0"]
             environment = {key: value for key, value in os.environ.items() if not key.startswith("PILOTLIGHT_")}
@@ -270,7 +270,7 @@ class ServiceBench:
                 finally:
                     process.terminate()
 
-    def _config(self, directory: str) -> str:
+    def _config(self, directory: Path) -> str:
         ledger, cache_dir = json.dumps(f"{directory}/usage.db"), json.dumps(self.cache_dir)
         artifact = json.dumps(str(self.artifact.path.resolve()))
         tables = [f"[host]\nledger = {ledger}\ncache_dir = {cache_dir}\n"]

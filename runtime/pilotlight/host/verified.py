@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
-import tempfile
 from pathlib import Path
 
 import msgspec
@@ -73,10 +73,14 @@ class Verified:
             return
         with contextlib.suppress(OSError):
             self._path.parent.mkdir(mode=_PRIVATE, parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=self._path.parent)
-            with os.fdopen(handle, "wb") as file:
+            # always the same name: what a killed process leaves, the next one overwrites
+            new = self._path.with_suffix(".new")
+            with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600), "wb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                file.truncate()
                 file.write(msgspec.json.encode(self._seen))
-            Path(name).rename(self._path)
+                file.flush()
+                new.rename(self._path)
 
 
 def _look(path: Path, sha256: str) -> _Seen | None:

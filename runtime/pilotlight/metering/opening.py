@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from pilotlight.metering.sql_ledger import SqlLedger
 def open_ledger(location: Location, signer: Signer | None = None, cache_dir: str = "") -> SqlLedger:
     """Open the ledger at ``location`` to write, and create it where there is none.
 
-    Marks that don't lie beside a file are kept in ``cache_dir``; without one, they are lost with their process.
+    Marks that don't lie beside a file are kept in ``cache_dir``; without one, where the system keeps what is temporary.
 
     Raises:
         StartupError: a newer version of Pilotlight wrote it.
@@ -31,11 +32,12 @@ def open_ledger(location: Location, signer: Signer | None = None, cache_dir: str
 
 
 def _marks_dir(cache_dir: str) -> Path:
-    if not cache_dir:
-        return Path(tempfile.mkdtemp(prefix="pilotlight-"))
-    folder = Path(cache_dir).expanduser() / "marks"
+    temporary = Path(tempfile.gettempdir()) / f"pilotlight-{os.getuid()}"
+    folder = (Path(cache_dir).expanduser() if cache_dir else temporary) / "marks"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not cache_dir and folder.stat().st_uid != os.getuid():
+            raise ConfigError(f"{folder}: belongs to somebody else")
     except OSError as error:
         raise ConfigError(f"{folder}: cannot be created ({error.strerror})") from error
     return folder
