@@ -193,7 +193,7 @@ def load_settings(path: Path | None, environment: Mapping[str, str] = os.environ
         ConfigError: the file is missing or malformed, or a key or a value is not what was expected.
     """
     origin = str(path) if path is not None else "settings"
-    content = _read(path) if path is not None else {}
+    content = read_toml(path) if path is not None else {}
     for key in content:
         if key not in TABLES:
             raise ConfigError(f"{origin}: unknown key {key} = {content[key]!r}; expected one of {', '.join(TABLES)}")
@@ -212,7 +212,12 @@ def load_settings(path: Path | None, environment: Mapping[str, str] = os.environ
     return Settings(host, functions, events, confidential, modal, cluster)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
+    """Return the tables of a file.
+
+    Raises:
+        ConfigError: it cannot be read, or is no TOML.
+    """
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -11,7 +11,7 @@ import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from pilotlight.errors import ConfigError
 from pilotlight.metering import schema
@@ -63,6 +63,23 @@ class Connection(Protocol):
 
     def close(self) -> None:
         """Let go of the database."""
+
+
+class Connected:
+    """Has a ledger open while its block runs, or until it is closed."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def close(self) -> None:
+        """Close the ledger."""
+        self._connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
 
 def located(ledger: str) -> Location:

@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from typing import Self
 
 import msgspec
 
 from pilotlight.errors import ConfigError, LedgerUnavailable
-from pilotlight.metering.database import FAILURES, Connection, Location, connect_reader, connect_writer, transaction
+from pilotlight.metering.database import (
+    FAILURES,
+    Connected,
+    Connection,
+    Location,
+    connect_reader,
+    connect_writer,
+    transaction,
+)
 from pilotlight.metering.keys import Key, Limits, Secret, matches, new_key_id, new_token, split_token
 from pilotlight.metering.record import utc_text
 
@@ -28,7 +35,7 @@ class ListedKey(msgspec.Struct, frozen=True):
     revoked_at_utc: str | None
 
 
-class Keyring:
+class Keyring(Connected):
     """A read-only view of a ledger's keys; every call sees what was changed before it."""
 
     def __init__(self, location: Location) -> None:
@@ -38,7 +45,7 @@ class Keyring:
             StartupError: a newer version of Pilotlight wrote it.
             ConfigError: there is none, it cannot be opened or it is not a ledger.
         """
-        self._connection = connect_reader(location)
+        super().__init__(connect_reader(location))
 
     @property
     def guarded(self) -> bool:
@@ -68,16 +75,6 @@ class Keyring:
                 return msgspec.json.decode(key, type=Key)
         return None
 
-    def close(self) -> None:
-        """Close the ledger."""
-        self._connection.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
     def _one(self, statement: str) -> bool:
         try:
             (found,) = self._connection.execute(statement).fetchone()
@@ -86,7 +83,7 @@ class Keyring:
         return bool(found)
 
 
-class KeyDesk:
+class KeyDesk(Connected):
     """Creates, lists, revokes and rotates the keys of a ledger. Each change is one transaction."""
 
     def __init__(self, location: Location) -> None:
@@ -96,7 +93,7 @@ class KeyDesk:
             StartupError: a newer version of Pilotlight wrote it.
             ConfigError: it cannot be opened.
         """
-        self._connection = connect_writer(location)
+        super().__init__(connect_writer(location))
 
     def create(
         self, name: str, tenant: str, functions: tuple[str, ...] | None, limits: Limits, *, admin: bool = False
@@ -154,16 +151,6 @@ class KeyDesk:
             connection.execute("DELETE FROM key_secrets WHERE expires_at_utc <= ?", (utc_text(now),))
             self._keep(key_id, secret)
         return token
-
-    def close(self) -> None:
-        """Close the ledger."""
-        self._connection.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
     def _keep(self, key_id: str, secret: Secret) -> None:
         row = (key_id, secret.salt, secret.hash)

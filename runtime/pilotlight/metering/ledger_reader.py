@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
-from typing import Any, Self
+from typing import Any
 
 import msgspec
 
 from pilotlight.errors import LedgerUnavailable
 from pilotlight.metering import outbox
-from pilotlight.metering.database import FAILURES, Location, connect_reader
+from pilotlight.metering.database import FAILURES, Connected, Location, connect_reader
 from pilotlight.metering.idempotency import Claim, Claimed, find
 from pilotlight.metering.record import UsageRecord, utc_text
 from pilotlight.metering.signing import receipt
@@ -32,7 +32,7 @@ ORDER BY number DESC LIMIT :limit
 """
 
 
-class LedgerReader:
+class LedgerReader(Connected):
     """A read-only view of a ledger; every call sees what was committed before it."""
 
     def __init__(self, location: Location) -> None:
@@ -42,7 +42,7 @@ class LedgerReader:
             StartupError: a newer version of Pilotlight wrote it.
             ConfigError: there is none, it cannot be opened or it is not a ledger.
         """
-        self._connection = connect_reader(location)
+        super().__init__(connect_reader(location))
 
     def get(self, request_id: str) -> UsageRecord | None:
         """Return the record of a finished invocation.
@@ -126,16 +126,6 @@ class LedgerReader:
         """
         with _readable():
             return margins(self._connection, _since(since))
-
-    def close(self) -> None:
-        """Close the ledger."""
-        self._connection.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
     def _rows(self, statement: str, parameters: tuple[object, ...] | Mapping[str, object]) -> Iterator[tuple[Any, ...]]:
         with _readable():

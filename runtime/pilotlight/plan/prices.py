@@ -5,11 +5,12 @@ from __future__ import annotations
 import tomllib
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 from msgspec import Meta
 
+from pilotlight.config import read_toml
 from pilotlight.errors import ConfigError
 
 Amount = Annotated[float, Meta(ge=0)]
@@ -100,18 +101,9 @@ def read_prices(path: Path | None = None) -> Prices:
         ConfigError: the file is missing or malformed, or has an unknown key.
     """
     table = tomllib.loads(files("pilotlight.plan").joinpath("defaults.toml").read_text(encoding="utf-8"))
-    for name, given in ({} if path is None else _read(path)).items():
+    for name, given in ({} if path is None else read_toml(path)).items():
         table[name] = {**table.get(name, {}), **given} if isinstance(given, dict) else given
     try:
         return msgspec.convert(table, Prices)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{path}: {error}") from error
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: is not valid TOML ({error})") from error
