@@ -16,9 +16,11 @@ from pilotlight.engine.fake import next_token
 from pilotlight.engine.policy import Policy as EnginePolicy
 from pilotlight.errors import Draining, QueueFull, StartFailed
 from pilotlight.host.autoscaler import Policy, Sleep
+from pilotlight.host.back_off import MAX_KILLED_STARTS
 from pilotlight.host.journal import MAX_FRUITLESS_MOVES
 from pilotlight.host.machine import Machine
-from pilotlight.host.pool import MAX_KILLED_STARTS, Pool, PoolSettings
+from pilotlight.host.pool import Pool
+from pilotlight.host.pool_settings import PoolSettings
 from pilotlight.host.routing import prefix_keys
 from pilotlight.host.wire import ReplicaSpec
 from pilotlight.mailbox import TokenStream
@@ -302,7 +304,7 @@ async def test_light_sleep_keeps_a_template_for_a_while() -> None:
     (template,) = stage.launcher.templates
     template.settle()
     assert stage.launcher.living == []
-    assert stage.pool.sleep.value == "light"
+    assert stage.pool.fleet.sleep.value == "light"
     stage.submit("b")
     await stage.run_out()
     assert stage.launcher.launched[-1].template is template
@@ -313,7 +315,7 @@ async def test_light_sleep_keeps_a_template_for_a_while() -> None:
     stage.clock.now += 100
     stage.pool.tick()
     assert template.gone
-    assert stage.pool.sleep.value == "deep"
+    assert stage.pool.fleet.sleep.value == "deep"
     assert stage.machine.taken_bytes == 0
     stage.submit("c")
     await stage.run_out()
@@ -343,7 +345,7 @@ async def test_a_template_that_cannot_be_made_means_deep_sleep() -> None:
     stage.pool.tick()
     stage.launcher.templates[0].listener.template_ended("no graph")
     assert stage.launcher.living == []
-    assert stage.pool.sleep.value == "deep"
+    assert stage.pool.fleet.sleep.value == "deep"
 
 
 @on_a_loop

@@ -1,4 +1,4 @@
-"""The fair queue, who leaves when memory is short, what was verified before, and frames in pieces."""
+"""What waits, who leaves when memory is short, what was verified before, and frames in pieces."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pilotlight.artifact import Artifact, open_artifact
 from pilotlight.engine.prefix_keys import block_keys
 from pilotlight.errors import ArtifactError
-from pilotlight.host.fair_queue import FairQueue
+from pilotlight.host.backlog import Backlog
 from pilotlight.host.journal import Entry
 from pilotlight.host.machine import Machine, Room
 from pilotlight.host.memory import Idle, evictions
@@ -29,63 +29,63 @@ def entry(name: str, num_tokens: int = 1, tenant: str | None = None) -> Entry:
     return Entry(Sequence(name, (1,) * num_tokens, 1, tenant=tenant), 0.0)
 
 
-def names(queue: FairQueue) -> list[str]:
-    return [queue.pop().sequence.id for _ in range(len(queue))]
+def names(backlog: Backlog) -> list[str]:
+    return [backlog.pop().sequence.id for _ in range(len(backlog))]
 
 
 def test_first_come_first_served_within_a_tenant() -> None:
-    queue = FairQueue()
+    backlog = Backlog()
     for name in "abc":
-        queue.push(entry(name))
-    queue.push_front(entry("moved"))
-    assert names(queue) == ["moved", "a", "b", "c"]
+        backlog.push(entry(name))
+    backlog.push_front(entry("moved"))
+    assert names(backlog) == ["moved", "a", "b", "c"]
 
 
 @given(st.lists(st.tuples(st.sampled_from("xyz"), st.integers(1, 500)), max_size=60))
 def test_tenants_that_wait_are_served_alike(pushed: list[tuple[str, int]]) -> None:
-    queue = FairQueue()
+    backlog = Backlog()
     largest = max((num_tokens for _, num_tokens in pushed), default=0)
     waiting: dict[str, int] = {}
     for number, (whose, num_tokens) in enumerate(pushed):
-        queue.push(entry(str(number), num_tokens, whose))
+        backlog.push(entry(str(number), num_tokens, whose))
         waiting[whose] = waiting.get(whose, 0) + 1
-    assert queue.num_tokens == sum(num_tokens for _, num_tokens in pushed)
+    assert backlog.num_tokens == sum(num_tokens for _, num_tokens in pushed)
     served = dict.fromkeys(waiting, 0)
-    while queue:
-        popped = queue.pop()
+    while backlog:
+        popped = backlog.pop()
         assert popped.sequence.tenant is not None
         tenant = popped.sequence.tenant
         served[tenant] += popped.num_prefill_tokens
         waiting[tenant] -= 1
         still = [served[name] for name, count in waiting.items() if count] + [served[tenant]]
         assert max(still) - min(still) <= 2 * largest
-    assert queue.num_tokens == 0
+    assert backlog.num_tokens == 0
 
 
 def test_being_away_saves_nothing_up() -> None:
-    queue = FairQueue()
+    backlog = Backlog()
     for number in range(50):
-        queue.push(entry(f"early{number}", 10, "early"))
+        backlog.push(entry(f"early{number}", 10, "early"))
     for _ in range(40):
-        queue.pop()
+        backlog.pop()
     for number in range(20):
-        queue.push(entry(f"late{number}", 10, "late"))
-    order = [queue.pop().sequence.tenant for _ in range(10)]
+        backlog.push(entry(f"late{number}", 10, "late"))
+    order = [backlog.pop().sequence.tenant for _ in range(10)]
     assert 4 <= order.count("early") <= 6
 
 
 @given(st.lists(st.integers(0, 9)), st.lists(st.integers(0, 9)))
 def test_what_is_removed_is_gone(pushed: list[int], removed: list[int]) -> None:
-    queue = FairQueue()
+    backlog = Backlog()
     entries = [entry(str(number), 3, f"tenant {number}") for number in pushed]
     for one in entries:
-        queue.push(one)
+        backlog.push(one)
     for number in removed:
         if number < len(entries):
-            queue.remove(entries[number])
-    left = {id(one) for one in queue}
+            backlog.remove(entries[number])
+    left = {id(one) for one in backlog}
     assert left == {id(one) for index, one in enumerate(entries) if index not in removed}
-    assert (len(queue), queue.num_tokens) == (len(left), 3 * len(left))
+    assert (len(backlog), backlog.num_tokens) == (len(left), 3 * len(left))
 
 
 def test_the_least_regretted_leaves_first() -> None:

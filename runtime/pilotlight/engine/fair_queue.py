@@ -1,13 +1,10 @@
-"""Who is served next: deficit round robin over tenants by tokens, first come first served within one. Pure."""
+"""Who is served next: the tenant that was served the fewest tokens, first come first served within one. Pure."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
 from typing import Generic, Protocol, TypeVar
-
-QUANTUM_TOKENS = 512
-"""What each waiting tenant's balance grows by in a round."""
 
 
 class Queued(Protocol):
@@ -19,29 +16,28 @@ Q = TypeVar("Q", bound=Queued)
 
 
 class FairQueue(Generic[Q]):
-    """Waiting sequences by tenant.
+    """What waits, by tenant.
 
-    A tenant pays for its tokens after the fact, so its balance may become negative; it is served again when rounds have
-    paid that back. Every waiting tenant's balance grows each round, so nobody starves. Being away saves nothing up, and
-    what is used while nobody waits costs nothing.
+    A tenant that comes back starts level with those who are waiting, so being away saves nothing up; and what is used
+    while nobody waits costs nothing. Between two tenants that both wait all the time, the tokens served never differ by
+    more than one request's. What a tenant's requests generate may be charged after they were taken out.
 
-    Source: Shreedhar and Varghese 1995, in the surplus form, which needs no cost ahead.
+    Source: start-time fair queueing (Goyal, Vin and Cheng 1996).
     """
 
     def __init__(self) -> None:
-        self._queues: dict[str | None, deque[Q]] = {}
-        self._turns: deque[str | None] = deque()
-        self._balance_tokens: dict[str | None, int] = {}
+        self._waiting: dict[str | None, deque[Q]] = {}
+        self._served_tokens: dict[str | None, int] = {}
 
     def __len__(self) -> int:
-        return sum(len(queue) for queue in self._queues.values())
+        return sum(len(queue) for queue in self._waiting.values())
 
     def __bool__(self) -> bool:
-        return bool(self._turns)
+        return bool(self._waiting)
 
     def __iter__(self) -> Iterator[Q]:
-        for tenant in self._turns:
-            yield from self._queues[tenant]
+        for queue in self._waiting.values():
+            yield from queue
 
     def add(self, item: Q) -> None:
         """Queue behind the others of the tenant."""
@@ -52,45 +48,44 @@ class FairQueue(Generic[Q]):
         self._queue(item.tenant).appendleft(item)
 
     def peek(self) -> Q | None:
-        """Return the one whose turn it is, None when nobody waits. It stays the same until somebody pays."""
-        if not self._turns:
-            return None
-        richest = max(self._balance_tokens.get(tenant, 0) for tenant in self._turns)
-        if richest <= 0:
-            self._grant((-richest // QUANTUM_TOKENS + 1) * QUANTUM_TOKENS)
-        while self._balance_tokens.get(self._turns[0], 0) <= 0:
-            self._turns.rotate(-1)
-        return self._queues[self._turns[0]][0]
+        """Return the one whose turn it is, None when nobody waits."""
+        return self._waiting[min(self._waiting, key=self._served)][0] if self._waiting else None
 
     def pop(self) -> Q:
-        """Take out the one whose turn it is."""
-        item = self.peek()
-        assert item is not None
+        """Take out the one whose turn it is.
+
+        Raises:
+            IndexError: nobody waits.
+        """
+        if (item := self.peek()) is None:
+            raise IndexError("pop from an empty queue")
         self.remove(item)
         return item
 
     def remove(self, item: Q) -> None:
-        queue = self._queues[item.tenant]
+        """Take one out, wherever it stands.
+
+        Raises:
+            ValueError: it does not wait here.
+        """
+        queue = self._waiting.get(item.tenant, deque())
         queue.remove(item)
         if not queue:
-            del self._queues[item.tenant]
-            self._turns.remove(item.tenant)
-            self._balance_tokens[item.tenant] = min(0, self._balance_tokens.get(item.tenant, 0))
+            del self._waiting[item.tenant]
+        if not self._waiting:
+            self._served_tokens.clear()
 
     def charge(self, tenant: str | None, num_tokens: int) -> None:
-        """Note that a tenant was served so many tokens while others waited."""
-        if not self._turns:
-            self._balance_tokens.clear()
-            return
-        self._balance_tokens[tenant] = self._balance_tokens.get(tenant, 0) - num_tokens
+        """Note that a tenant was served so many tokens, if anybody waits meanwhile."""
+        if self._waiting:
+            self._served_tokens[tenant] = self._served(tenant) + num_tokens
 
-    def _grant(self, num_tokens: int) -> None:
-        balances = {tenant: balance + num_tokens for tenant, balance in self._balance_tokens.items()}
-        owing = {tenant: balance for tenant, balance in balances.items() if balance < 0}
-        self._balance_tokens = owing | {tenant: balances.get(tenant, num_tokens) for tenant in self._turns}
+    def _served(self, tenant: str | None) -> int:
+        return self._served_tokens.get(tenant, 0)
 
     def _queue(self, tenant: str | None) -> deque[Q]:
-        if tenant not in self._queues:
-            self._queues[tenant] = deque()
-            self._turns.append(tenant)
-        return self._queues[tenant]
+        if tenant not in self._waiting:
+            level = min(map(self._served, self._waiting), default=0)
+            self._served_tokens[tenant] = max(level, self._served(tenant))
+            self._waiting[tenant] = deque()
+        return self._waiting[tenant]

@@ -49,7 +49,7 @@ class Deployment:
 
     @property
     def replicas(self) -> list[Replica]:
-        return [replica for version in self.versions for replica in version.pool.replicas.values()]
+        return [replica for version in self.versions for replica in version.pool.fleet.replicas.values()]
 
     def role(self, version: Version) -> str:
         if version is self.current:

@@ -35,6 +35,10 @@ class Entry:
     """The latest instant in its events, where they come from another machine's clock."""
 
     @property
+    def tenant(self) -> str | None:
+        return self.sequence.tenant
+
+    @property
     def num_prefill_tokens(self) -> int:
         """How many tokens a replica has to compute before the next one comes."""
         return len(self.sequence.prompt_ids) + len(self.sequence.emitted_ids) + len(self.emitted_ids)

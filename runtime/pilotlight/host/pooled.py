@@ -15,7 +15,8 @@ from pilotlight.host.autoscaler import Policy
 from pilotlight.host.link import Launcher
 from pilotlight.host.machine import Machine
 from pilotlight.host.opening import open_for
-from pilotlight.host.pool import Pool, PoolSettings
+from pilotlight.host.pool import Pool
+from pilotlight.host.pool_settings import PoolSettings
 from pilotlight.host.sizing import kv_bytes, max_context_tokens, num_cores, weights_bytes
 from pilotlight.host.verified import Verified
 from pilotlight.host.wire import ReplicaSpec

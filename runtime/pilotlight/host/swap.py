@@ -79,7 +79,9 @@ class HostControl:
         settings = msgspec.structs.replace(previous.settings, artifact=artifact)
         function, pool = await asyncio.to_thread(open_pooled, name, settings, self._around)
         version = Version(settings, function, pool)
-        beside = not previous.pool.replicas or self._around.machine.has_room(pool.replica_bytes, previous.pool)
+        beside = not previous.pool.fleet.replicas or self._around.machine.has_room(
+            pool.fleet.replica_bytes, previous.pool
+        )
         if not beside and canary_percent is not None:
             await function.close()
             raise SwapFailed("there is no memory for a canary beside the current version")
@@ -150,9 +152,9 @@ def _version(deployment: Deployment, version: Version) -> VersionStatus:
         artifact=str(artifact.path),
         digest=artifact.digest,
         role=deployment.role(version),
-        sleep=pool.sleep.value,
-        replicas=[_replica(replica, pool) for replica in pool.replicas.values()],
-        template_pid=pool.template_pid,
+        sleep=pool.fleet.sleep.value,
+        replicas=[_replica(replica, pool) for replica in pool.fleet.replicas.values()],
+        template_pid=pool.fleet.template_pid,
         num_open=pool.num_open,
         num_queued=pool.num_queued,
         num_queued_tokens=pool.num_queued_tokens,
@@ -163,7 +165,7 @@ def _version(deployment: Deployment, version: Version) -> VersionStatus:
 
 def _sleeps_in_s(pool: Pool) -> float | None:
     policy = pool.settings.policy
-    if pool.sleep is not Sleep.AWAKE or policy.min_replicas or pool.num_open:
+    if pool.fleet.sleep is not Sleep.AWAKE or policy.min_replicas or pool.num_open:
         return None
     return round(max(0.0, policy.idle_timeout_s - pool.idle_s), 1)
 

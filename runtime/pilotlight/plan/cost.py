@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from pilotlight.host.pool import TEMPLATE_BYTES
+from pilotlight.host.fleet import TEMPLATE_BYTES
 from pilotlight.plan.prices import Lambda, Machines, Modal, Own
 from pilotlight.plan.replica import Life
 from pilotlight.plan.sandboxes import Sandbox

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pilotlight.errors import CapacityError
 from pilotlight.host.autoscaler import Sleep
 from pilotlight.host.machine import TICK_S, Machine
-from pilotlight.host.pool import Pool, PoolSettings
+from pilotlight.host.pool import Pool
+from pilotlight.host.pool_settings import PoolSettings
 from pilotlight.host.replica_handle import State
 from pilotlight.plan.agenda import Agenda
 from pilotlight.plan.desk import Desk
@@ -77,7 +78,7 @@ class PooledFleet:
 
     def submit(self, sequence: Sequence) -> None:
         outcomes, pool = self._outcomes, self.pool
-        is_cold = not pool.ready
+        is_cold = not pool.fleet.ready
         try:
             pool.submit(sequence)
         except CapacityError:
@@ -92,7 +93,7 @@ class PooledFleet:
 
     def sample(self) -> Sample:
         signals = self.pool.signals()
-        states = [replica.state for replica in self.pool.replicas.values()]
+        states = [replica.state for replica in self.pool.fleet.replicas.values()]
         return Sample(
             self._agenda.now,
             len(states),
@@ -126,7 +127,7 @@ class PooledFleet:
 
     def _count_template(self) -> None:
         now = self._agenda.now
-        if self.pool.template_pid is not None:
+        if self.pool.fleet.template_pid is not None:
             self.template_s += now - self._looked_at
         self._looked_at = now
 
@@ -153,11 +154,11 @@ class PooledFleet:
     def _next_tick_s(self) -> float | None:
         """Return for how long ticks would change nothing; None: until somebody asks for something."""
         pool = self.pool
-        if pool.num_open or any(replica.starting for replica in pool.replicas.values()):
+        if pool.num_open or any(replica.starting for replica in pool.fleet.replicas.values()):
             return 0.0
         idle_s = pool.idle_s
         ahead = [threshold - idle_s for threshold in self._thresholds_s if threshold >= idle_s]
         if ahead:
             return min(ahead)
-        settled = len(pool.replicas) <= pool.settings.policy.min_replicas and pool.sleep is not Sleep.LIGHT
+        settled = len(pool.fleet.replicas) <= pool.settings.policy.min_replicas and pool.fleet.sleep is not Sleep.LIGHT
         return None if settled else 0.0

@@ -12,7 +12,7 @@ from pilotlight.config import FunctionSettings
 from pilotlight.engine.policy import Policy as EnginePolicy
 from pilotlight.errors import ConfigError
 from pilotlight.host import autoscaler
-from pilotlight.host.pool import PoolSettings
+from pilotlight.host.pool_settings import PoolSettings
 from pilotlight.host.rates import ArtifactSize, Rates
 from pilotlight.host.wire import ReplicaSpec
 from pilotlight.plan.agenda import Agenda
