@@ -131,17 +131,9 @@ def test_completions_say_nothing_that_is_not_described(toy_artifact: Artifact, t
             chat = (await toy.chat(logprobs=True, top_logprobs=1, **params)).json()
             text = (await toy.complete("a", logprobs=1, **params)).json()
             for given, kind in ((chat, openai_types.ChatCompletion), (text, openai_types.TextCompletion)):
-                assert msgspec.to_builtins(msgspec.convert(given, kind)) == _filled(given)
+                assert msgspec.to_builtins(msgspec.convert(given, kind)) == given
 
     asyncio.run(scenario())
-
-
-def _filled(answer: dict[str, Any]) -> dict[str, Any]:
-    """Return an answer with the fields that are left out where they are empty."""
-    for choice in answer["choices"]:
-        if "message" in choice:
-            choice["message"].setdefault("tool_calls", [])
-    return answer
 
 
 @pytest.mark.parametrize(

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
-from msgspec import Meta
+from msgspec import UNSET, Meta, UnsetType
 
-from pilotlight.answer import Choice, Delta, ToolCall
+from pilotlight.answer import Choice, Delta
 from pilotlight.api.openai_body import GenerationBody
+from pilotlight.api.openai_completion import Head
 from pilotlight.api.openai_format import format_grammar
 from pilotlight.api.openai_logprobs import chat_logprobs
 from pilotlight.api.openai_tools import ToolChoice, Tools, template_calls, tool_use
+from pilotlight.api.openai_types import (
+    CalledFunction,
+    CalledFunctionChunk,
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatDelta,
+    ChatLogprobs,
+    ChatMessage,
+    CompletionUsage,
+    FinishReason,
+    ToolCallChunk,
+    ToolCallObject,
+)
 from pilotlight.errors import InvalidRequest
 from pilotlight.function import Request
 from pilotlight.text.tool_calls import ToolCallDelta
-
-
-class TextPart(msgspec.Struct, frozen=True, tag="text"):
-    text: str
-
-
-class OtherPart(msgspec.Struct, frozen=True):
-    type: str
 
 
 class Message(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -106,36 +114,49 @@ def _part_text(part: dict[str, Any], param: str) -> str:
 class ChatShape:
     """The wire's ``chat.completion``."""
 
-    object: ClassVar[str] = "chat.completion"
-    chunk_object: ClassVar[str] = "chat.completion.chunk"
-    opening: ClassVar[dict[str, Any] | None] = {"delta": {"role": "assistant", "content": ""}}
-    closing: ClassVar[dict[str, Any]] = {"delta": {}}
+    def opening(self, choice: int) -> ChatChunkChoice | None:
+        return ChatChunkChoice(index=choice, delta=ChatDelta(role="assistant", content=""), finish_reason=None)
 
-    def piece(self, delta: Delta) -> dict[str, Any] | None:
-        fields: dict[str, Any] = {"content": delta.text} if delta.text else {}
-        if delta.tool_calls:
-            fields["tool_calls"] = [_call_chunk(call) for call in delta.tool_calls]
-        if not fields and not delta.logprobs:
+    def piece(self, delta: Delta) -> ChatChunkChoice | None:
+        if not (delta.text or delta.tool_calls or delta.logprobs):
             return None
-        piece: dict[str, Any] = {"delta": fields or {"content": ""}}
-        if delta.logprobs:
-            piece["logprobs"] = chat_logprobs(delta.logprobs)
-        return piece
+        text = delta.text if delta.text or not delta.tool_calls else UNSET
+        calls = [_call_chunk(call) for call in delta.tool_calls] if delta.tool_calls else UNSET
+        logprobs = ChatLogprobs(chat_logprobs(delta.logprobs)) if delta.logprobs else UNSET
+        added = ChatDelta(content=text, tool_calls=calls)
+        return ChatChunkChoice(index=delta.choice, delta=added, logprobs=logprobs, finish_reason=None)
 
-    def whole(self, choice: Choice) -> dict[str, Any]:
-        message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
-        if choice.tool_calls:
-            message["content"] = choice.text or None
-            message["tool_calls"] = [_call_object(call) for call in choice.tool_calls]
-        return {"message": message, "logprobs": chat_logprobs(choice.logprobs) if choice.logprobs else None}
+    def closing(self, choice: int, reason: FinishReason | None) -> ChatChunkChoice:
+        return ChatChunkChoice(index=choice, delta=ChatDelta(), finish_reason=reason)
+
+    def chunk(
+        self, head: Head, choices: list[ChatChunkChoice], usage: CompletionUsage | UnsetType = UNSET
+    ) -> ChatChunk:
+        return ChatChunk(**head, object="chat.completion.chunk", choices=choices, usage=usage)
+
+    def choice(self, choice: Choice, reason: FinishReason) -> ChatChoice:
+        return ChatChoice(
+            index=choice.index,
+            message=_message(choice),
+            logprobs=ChatLogprobs(chat_logprobs(choice.logprobs)) if choice.logprobs else None,
+            finish_reason=reason,
+        )
+
+    def completion(self, head: Head, choices: list[ChatChoice], usage: CompletionUsage) -> ChatCompletion:
+        return ChatCompletion(**head, object="chat.completion", choices=choices, usage=usage)
 
 
-def _call_chunk(call: ToolCallDelta) -> dict[str, Any]:
+def _message(choice: Choice) -> ChatMessage:
+    if not choice.tool_calls:
+        return ChatMessage("assistant", choice.text, None)
+    calls = [
+        ToolCallObject(call.id, "function", CalledFunction(call.name, call.arguments)) for call in choice.tool_calls
+    ]
+    return ChatMessage("assistant", choice.text or None, None, calls)
+
+
+def _call_chunk(call: ToolCallDelta) -> ToolCallChunk:
     if call.name is None:
-        return {"index": call.index, "function": {"arguments": call.arguments}}
-    function = {"name": call.name, "arguments": call.arguments}
-    return {"index": call.index, "id": call.id, "type": "function", "function": function}
-
-
-def _call_object(call: ToolCall) -> dict[str, Any]:
-    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+        return ToolCallChunk(index=call.index, function=CalledFunctionChunk(arguments=call.arguments))
+    function = CalledFunctionChunk(name=call.name, arguments=call.arguments)
+    return ToolCallChunk(index=call.index, id=call.id or "", type="function", function=function)

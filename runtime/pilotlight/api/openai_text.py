@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated
 
-from msgspec import Meta
+from msgspec import UNSET, Meta, UnsetType
 
 from pilotlight.answer import Choice, Delta
 from pilotlight.api.openai_body import GenerationBody
+from pilotlight.api.openai_completion import Head
 from pilotlight.api.openai_format import format_grammar
 from pilotlight.api.openai_logprobs import text_logprobs
+from pilotlight.api.openai_types import (
+    CompletionUsage,
+    FinishReason,
+    TextChoice,
+    TextChunk,
+    TextChunkChoice,
+    TextCompletion,
+    TextLogprobs,
+)
 from pilotlight.errors import InvalidRequest
 from pilotlight.function import Request
 
@@ -63,20 +73,34 @@ def _prompt(prompt: str | list[int | str | list[int]]) -> tuple[str | None, tupl
 class TextShape:
     """The wire's ``text_completion``."""
 
-    object: ClassVar[str] = "text_completion"
-    chunk_object: ClassVar[str] = "text_completion"
-    opening: ClassVar[dict[str, Any] | None] = None
-    closing: ClassVar[dict[str, Any]] = {"text": "", "logprobs": None}
-
     def __init__(self) -> None:
         self._offsets: dict[int, int] = {}
 
-    def piece(self, delta: Delta) -> dict[str, Any] | None:
-        if not delta.logprobs:
-            return {"text": delta.text, "logprobs": None} if delta.text else None
+    def opening(self, choice: int) -> TextChunkChoice | None:
+        return None
+
+    def piece(self, delta: Delta) -> TextChunkChoice | None:
+        if not delta.text and not delta.logprobs:
+            return None
+        logprobs = self._logprobs(delta) if delta.logprobs else None
+        return TextChunkChoice(index=delta.choice, text=delta.text, logprobs=logprobs, finish_reason=None)
+
+    def closing(self, choice: int, reason: FinishReason | None) -> TextChunkChoice:
+        return TextChunkChoice(index=choice, text="", logprobs=None, finish_reason=reason)
+
+    def chunk(
+        self, head: Head, choices: list[TextChunkChoice], usage: CompletionUsage | UnsetType = UNSET
+    ) -> TextChunk:
+        return TextChunk(**head, object="text_completion", choices=choices, usage=usage)
+
+    def choice(self, choice: Choice, reason: FinishReason) -> TextChoice:
+        logprobs = text_logprobs(choice.logprobs) if choice.logprobs else None
+        return TextChoice(index=choice.index, text=choice.text, logprobs=logprobs, finish_reason=reason)
+
+    def completion(self, head: Head, choices: list[TextChoice], usage: CompletionUsage) -> TextCompletion:
+        return TextCompletion(**head, object="text_completion", choices=choices, usage=usage)
+
+    def _logprobs(self, delta: Delta) -> TextLogprobs:
         offset = self._offsets.get(delta.choice, 0)
         self._offsets[delta.choice] = offset + sum(len(logprobs.token.text) for logprobs in delta.logprobs)
-        return {"text": delta.text, "logprobs": text_logprobs(delta.logprobs, offset)}
-
-    def whole(self, choice: Choice) -> dict[str, Any]:
-        return {"text": choice.text, "logprobs": text_logprobs(choice.logprobs) if choice.logprobs else None}
+        return text_logprobs(delta.logprobs, offset)

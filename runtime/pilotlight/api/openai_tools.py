@@ -96,7 +96,7 @@ def _object(arguments: object) -> object:
         return {} if arguments is None else arguments
     try:
         return json.loads(arguments) if arguments.strip() else {}
-    except ValueError:
+    except (ValueError, RecursionError):
         return arguments
 
 

@@ -1,10 +1,11 @@
-"""What chat and text completions answer, as wire types."""
+"""What chat and text completions answer, as wire types. A field that is ``UNSET`` does not go over the wire."""
 
 from __future__ import annotations
 
 from typing import Literal
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from pilotlight.api.objects import Metered
 
@@ -62,64 +63,69 @@ class ChatMessage(msgspec.Struct, frozen=True):
     role: Literal["assistant"]
     content: str | None
     refusal: None
-    tool_calls: list[ToolCallObject] = []
+    tool_calls: list[ToolCallObject] | UnsetType = UNSET
 
 
-class ChatChoice(msgspec.Struct, frozen=True):
+class ChatChoice(msgspec.Struct, frozen=True, kw_only=True):
     """``token_ids`` is an extension."""
 
     index: int
     message: ChatMessage
-    finish_reason: FinishReason
     logprobs: ChatLogprobs | None
-    token_ids: list[int] = []
+    finish_reason: FinishReason
+    token_ids: list[int] | UnsetType = UNSET
 
 
-class Head(msgspec.Struct, frozen=True):
+class Head(msgspec.Struct, frozen=True, kw_only=True):
+    """How every answer begins; which object it is, each says for itself."""
+
     id: str
+    object: str
     created: int
     model: str
     system_fingerprint: str
 
 
-class ChatCompletion(Head, frozen=True):
+class ChatCompletion(Head, frozen=True, kw_only=True):
     object: Literal["chat.completion"]
     choices: list[ChatChoice]
     usage: CompletionUsage
 
 
-class CalledFunctionChunk(msgspec.Struct, frozen=True):
+class CalledFunctionChunk(msgspec.Struct, frozen=True, kw_only=True):
+    name: str | UnsetType = UNSET
     arguments: str
-    name: str | None = None
 
 
-class ToolCallChunk(msgspec.Struct, frozen=True):
+class ToolCallChunk(msgspec.Struct, frozen=True, kw_only=True):
+    """The first of a call has its id and the function's name, the others go on with the arguments."""
+
     index: int
+    id: str | UnsetType = UNSET
+    type: Literal["function"] | UnsetType = UNSET
     function: CalledFunctionChunk
-    id: str | None = None
-    type: Literal["function"] | None = None
 
 
-class ChatDelta(msgspec.Struct, frozen=True):
-    role: Literal["assistant"] | None = None
-    content: str | None = None
-    tool_calls: list[ToolCallChunk] = []
+class ChatDelta(msgspec.Struct, frozen=True, kw_only=True):
+    role: Literal["assistant"] | UnsetType = UNSET
+    content: str | UnsetType = UNSET
+    tool_calls: list[ToolCallChunk] | UnsetType = UNSET
 
 
-class ChatChunkChoice(msgspec.Struct, frozen=True):
+class ChatChunkChoice(msgspec.Struct, frozen=True, kw_only=True):
     index: int
     delta: ChatDelta
+    logprobs: ChatLogprobs | UnsetType = UNSET
+    token_ids: list[int] | UnsetType = UNSET
     finish_reason: FinishReason | None
-    logprobs: ChatLogprobs | None = None
-    token_ids: list[int] = []
 
 
-class ChatChunk(Head, frozen=True):
+class ChatChunk(Head, frozen=True, kw_only=True):
     """With ``stream_options.include_usage`` the last one has no choices, and the usage."""
 
     object: Literal["chat.completion.chunk"]
     choices: list[ChatChunkChoice]
-    usage: CompletionUsage | None = None
+    usage: CompletionUsage | UnsetType = UNSET
 
 
 class TextLogprobs(msgspec.Struct, frozen=True):
@@ -129,29 +135,29 @@ class TextLogprobs(msgspec.Struct, frozen=True):
     text_offset: list[int]
 
 
-class TextChoice(msgspec.Struct, frozen=True):
+class TextChoice(msgspec.Struct, frozen=True, kw_only=True):
     index: int
     text: str
-    finish_reason: FinishReason
     logprobs: TextLogprobs | None
-    token_ids: list[int] = []
+    finish_reason: FinishReason
+    token_ids: list[int] | UnsetType = UNSET
 
 
-class TextCompletion(Head, frozen=True):
+class TextCompletion(Head, frozen=True, kw_only=True):
     object: Literal["text_completion"]
     choices: list[TextChoice]
     usage: CompletionUsage
 
 
-class TextChunkChoice(msgspec.Struct, frozen=True):
+class TextChunkChoice(msgspec.Struct, frozen=True, kw_only=True):
     index: int
     text: str
-    finish_reason: FinishReason | None
     logprobs: TextLogprobs | None
-    token_ids: list[int] = []
+    token_ids: list[int] | UnsetType = UNSET
+    finish_reason: FinishReason | None
 
 
-class TextChunk(Head, frozen=True):
+class TextChunk(Head, frozen=True, kw_only=True):
     object: Literal["text_completion"]
     choices: list[TextChunkChoice]
-    usage: CompletionUsage | None = None
+    usage: CompletionUsage | UnsetType = UNSET

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from pilotlight.answer import Delta, ToolCallDelta
 from pilotlight.api.openai_logprobs import chat_logprobs
+from pilotlight.api.openai_types import TokenLogprobs
 from pilotlight.api.responses_types import (
     ArgumentsDelta,
     ArgumentsDone,
@@ -81,7 +80,7 @@ class _Message:
         self._id = item_id
         self._index = index
         self._texts: list[str] = []
-        self._logprobs: list[Any] = []
+        self._logprobs: list[TokenLogprobs] = []
 
     def begin(self) -> list[Event]:
         message = OutputMessage(self._id, "in_progress", [])
@@ -91,7 +90,7 @@ class _Message:
         ]
 
     def push(self, delta: Delta) -> Event:
-        logprobs = chat_logprobs(delta.logprobs)["content"] if delta.logprobs else []
+        logprobs = chat_logprobs(delta.logprobs)
         self._texts.append(delta.text)
         self._logprobs += logprobs
         return TextDelta(item_id=self._id, output_index=self._index, delta=delta.text, logprobs=logprobs)

@@ -13,6 +13,7 @@ from msgspec import Meta
 
 from pilotlight.api.objects import Metered
 from pilotlight.api.openai_tools import MAX_TOOLS, Name
+from pilotlight.api.openai_types import TokenLogprobs
 from pilotlight.api.wire import SamplingBody
 
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
@@ -320,12 +321,12 @@ class PartAdded(OfText, frozen=True, tag="response.content_part.added", kw_only=
 
 class TextDelta(OfText, frozen=True, tag="response.output_text.delta", kw_only=True):
     delta: str
-    logprobs: list[Any]
+    logprobs: list[TokenLogprobs]
 
 
 class TextDone(OfText, frozen=True, tag="response.output_text.done", kw_only=True):
     text: str
-    logprobs: list[Any]
+    logprobs: list[TokenLogprobs]
 
 
 class PartDone(OfText, frozen=True, tag="response.content_part.done", kw_only=True):

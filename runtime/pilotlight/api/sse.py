@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
 
 import msgspec
 from starlette.responses import Response
@@ -28,7 +27,7 @@ STRAIGHT_SEND = "pilotlight.send"
 _encoder = msgspec.json.Encoder()
 
 
-def frame(payload: dict[str, Any]) -> bytes:
+def frame(payload: msgspec.Struct) -> bytes:
     """Return one data frame."""
     return b"data: %b\n\n" % _encoder.encode(payload)
 
