@@ -154,6 +154,55 @@ def test_the_other_apis_answer_as_they_do_on_a_host(
     asyncio.run(scenario())
 
 
+def test_the_other_apis_refuse_in_their_own_words(toy_artifact: Artifact, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with on_lambda(toy_artifact, tmp_path) as aws:
+            exchange = aws.platform.invoke_http("POST", "/v1/messages", {**OTHER_APIS["/v1/messages"], "messages": []})
+            prelude, payload = await wait_for(exchange.http)
+            refusal = json.loads(payload)
+            assert prelude["statusCode"] == 400
+            assert (refusal["type"], refusal["error"]["type"]) == ("error", "invalid_request_error")
+            assert refusal["request_id"] == prelude["headers"]["request-id"] == exchange.request_id
+            asked = {**OTHER_APIS["/v1/responses"], "previous_response_id": "resp_gone"}
+            prelude, payload = await wait_for(aws.platform.invoke_http("POST", "/v1/responses", asked).http)
+            assert prelude["statusCode"] == 400
+            assert json.loads(payload)["error"]["code"] == "previous_response_not_found"
+
+    asyncio.run(scenario())
+
+
+def test_a_sandbox_goes_on_from_a_response_that_it_made(toy_artifact: Artifact, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with on_lambda(toy_artifact, tmp_path) as aws:
+            asked = {"model": "toy", "input": "a", "max_output_tokens": 2, "ignore_eos": True}
+            _, payload = await wait_for(aws.platform.invoke_http("POST", "/v1/responses", asked).http)
+            first = json.loads(payload)
+            kept = aws.platform.invoke_http("GET", f"/v1/responses/{first['id']}")
+            assert json.loads((await wait_for(kept.http))[1]) == first
+            asked = {**asked, "previous_response_id": first["id"], "max_output_tokens": 1}
+            prelude, payload = await wait_for(aws.platform.invoke_http("POST", "/v1/responses", asked).http)
+            assert prelude["statusCode"] == 200, payload
+            assert json.loads(payload)["usage"]["input_tokens"] > 2 * first["usage"]["input_tokens"]
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(("path", "last"), [("/v1/responses", "response.failed"), ("/v1/messages", "error")])
+def test_a_failure_in_a_stream_of_the_other_apis_is_an_event_and_a_trailer(
+    toy_artifact: Artifact, tmp_path: Path, path: str, last: str
+) -> None:
+    async def scenario() -> None:
+        async with on_lambda(toy_artifact, tmp_path, failing_session(2)) as aws:
+            exchange = aws.platform.invoke_http("POST", path, {**OTHER_APIS[path], "ignore_eos": True, "stream": True})
+            prelude, payload = await wait_for(exchange.http)
+            await wait_for(exchange.wait)
+            assert prelude["statusCode"] == 200
+            assert named_events(payload)[-1][0] == last
+            assert exchange.trailer_error["errorType"] == "Pilotlight.EngineError"
+
+    asyncio.run(scenario())
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_plain_invoke_gets_the_payload_alone(toy_artifact: Artifact, tmp_path: Path, stream: bool) -> None:
     async def scenario() -> None:
