@@ -1,6 +1,7 @@
 """Chat templates: rendered as transformers renders them, and every failure the request's."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -304,6 +305,16 @@ EDGES: dict[str, dict[str, Any]] = {
         "messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}],
         "add_generation_prompt": True,
     },
+    "for training": {
+        "messages": [USER, {"role": "assistant", "content": "Hello."}],
+        "add_generation_prompt": False,
+    },
+    "system only": {"messages": [{"role": "system", "content": " Be brief.\n"}], "add_generation_prompt": True},
+    "unusual text": {
+        "messages": [{"role": "user", "content": "\x00\u2028\r\n{% raw %}\u0000{{ '\U0001f680' }}</s>\ufeff"}],
+        "tools": [{**CALLED, "n": [1.0, 1e300, -0.0, True, None], "é": {"\u2028": "</script>"}}],
+        "add_generation_prompt": True,
+    },
     "special tokens": {"messages": [USER], "bos_token": "<s>", "eos_token": "</s>", "add_generation_prompt": True},
 }
 
@@ -317,6 +328,18 @@ def test_real_templates_render_edge_cases_as_in_transformers(shared_data: Path, 
     assert rendered == [(name, rendered_by_transformers(render, source, EDGES[edge])) for name, source in sources]
 
 
+FAMILIES = "gemma gpt-oss llama3 mistral phi-3 phi-4 qwen2.5 qwen3 smollm3".split()
+
+
+def test_the_real_templates_are_of_the_families_that_are_named(shared_data: Path) -> None:
+    sources = list(real_templates(shared_data / "chat_templates"))
+    for family in FAMILIES:
+        assert any(family in name for name, _ in sources), family
+    words = ("tools", "strftime_now", "raise_exception", "{% generation %}", "continue", "namespace", "enable_thinking")
+    for word in words:
+        assert any(re.search(re.sub(r"[^a-z_]+", r"\\W*", word), source) for _, source in sources), word
+
+
 @pytest.mark.parametrize("context", ["minja_simple", "minja_system", "minja_tool_use"])
 def test_real_templates_render_as_in_transformers(shared_data: Path, context: str) -> None:
     transformers = pytest.importorskip("transformers.utils.chat_template_utils")
@@ -327,3 +350,67 @@ def test_real_templates_render_as_in_transformers(shared_data: Path, context: st
     render = transformers.render_jinja_template
     assert rendered == [(name, rendered_by_transformers(render, source, variables)) for name, source in sources]
     assert sum(text is not None for _, text in rendered) > len(rendered) / 2
+
+
+IDIOMS = {
+    "tools before the last question, as Python writes them": (
+        "{{ bos_token }}{% set asked = messages | selectattr('role', 'equalto', 'user') | list %}"
+        "{% for m in messages %}{% if tools and m == asked[-1] %}[TOOLS]{{ tools | string }}[/TOOLS]{% endif %}"
+        "{{ m['role'] ~ ': ' ~ m['content'] | string }}{{ eos_token }}{% endfor %}"
+    ),
+    "a call's end is cut off and written anew": (
+        "{% for m in messages if m.tool_calls is defined %}{% for call in m.tool_calls %}"
+        '{% set out = call.function | tojson %}{{ out[:-1] }}, "id": "{{ call.id[-9:] }}"}{{ \', \' if not loop.last }}'
+        "{% endfor %}{% else %}nothing{% endfor %}"
+    ),
+    "tools and messages over several lines": (
+        "{%- if tools is not none %}\n    {%- for tool in tools %}\n        {{- tool | tojson(indent=4) }}\n"
+        "    {%- endfor %}\n{%- endif %}\n\n  {% for m in messages %}\n{{ m | tojson }}\n  {% endfor %}  \n"
+    ),
+    "text parts": (
+        "{% for m in messages %}{% if m.content is string %}{{ m.content | trim }}{% elif m.content is iterable %}"
+        "{{ m.content | selectattr('type', 'equalto', 'text') | map(attribute='text') | map('trim') | join('|') }}"
+        "{% else %}{{ m.content is none }}{% endif %};{% endfor %}"
+    ),
+    "roles in turns": (
+        "{% if messages | length == 0 %}{{ raise_exception('nothing was said') }}{% endif %}"
+        "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('roles must alternate') }}{% endif %}{{ loop.cycle('a', 'b') }}{{ m.content }}{% endfor %}"
+    ),
+    "thinking of earlier turns is left out": (
+        "{% set ns = namespace(last=-1) %}{% for m in messages %}"
+        "{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+        "{% for m in messages %}{% if m.content is not string %}{% continue %}{% endif %}"
+        "{% if loop.index0 > ns.last and ns.last > 5 %}{% break %}{% endif %}"
+        "{{ m.content.split('</think>')[-1].lstrip('\\n') }}{% endfor %}"
+        "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
+    ),
+    "a scope for the words of the assistant": (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% set n = 1 %}"
+        "{% endgeneration %}{{ n is defined }}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    ),
+    "macros and their callers": (
+        "{% macro tag(name, of) %}<{{ name }}{{ of.items() | list if of is mapping }}>{{ caller() if caller }}"
+        "</{{ name }}>{% endmacro %}"
+        "{% for m in messages %}{% call tag(m.role, m) %}{{ m.content }}{% endcall %}{% endfor %}"
+        "{{ tag('tools', tools) }}"
+    ),
+    "values of all kinds": (
+        "{{ 1.0 }} {{ 1e300 }} {{ 7 // 2 }} {{ 7 / 2 }} {{ true }} {{ none }} {{ [1, 'a'] }} {{ {'k': none} }}"
+        " {{ (1,) }}{{ messages[0].nothing }}{{ messages[9] is defined }}"
+        " {{ 'é' | upper }} {{ '<' | e }} {{ 'a,b'.split(',') }}"
+        " {{ [3, 1] | sort | first }} {{ 'x' in 'xy' }} {{ {'b': 1, 'a': '<&>'} | tojson(separators=(',', ':')) }}"
+        " {{ {'b': 1, 'a': 'é'} | tojson(ensure_ascii=true, sort_keys=true, indent=2) }} {{ {'b': 1} | dictsort }}"
+    ),
+    "the year": "{{ strftime_now('%Y') }}{{ add_generation_prompt }}{{ documents is none }}{{ bos_token is defined }}",
+}
+"""What real templates are made of, also those that do not lie in the shared data; the words are our own."""
+
+
+@pytest.mark.parametrize("idiom", IDIOMS)
+def test_idioms_render_as_in_transformers(idiom: str) -> None:
+    render = pytest.importorskip("transformers.utils.chat_template_utils").render_jinja_template
+    rendered = {edge: rendered_here(IDIOMS[idiom], variables) for edge, variables in EDGES.items()}
+    expected = {edge: rendered_by_transformers(render, IDIOMS[idiom], variables) for edge, variables in EDGES.items()}
+    assert rendered == expected
+    assert any(rendered.values())
