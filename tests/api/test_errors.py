@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pilotlight.api.wire import MAX_DEPTH
 from pilotlight.artifact import Artifact
-from support import MAX_BODY_BYTES, serving
+from pilotlight.engine.fake import FakeSession
+from support import MAX_BODY_BYTES, VOCAB_SIZE, serving
 
 USER = {"role": "user", "content": "hi"}
 
@@ -17,10 +20,10 @@ BAD_CHATS: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"repetition_penalty": 5e-324}, 400, "repetition_penalty", "0.01"),
     ({"model": "nobody"}, 404, "model", "no function 'nobody' here; available: toy"),
     ({"model": None}, 400, "model", "expected str"),
-    ({"model": 7}, 400, "model", "expected str, got int"),
+    ({"model": 7}, 400, "model", "expected string, got integer"),
     ({"messages": None}, 400, "messages", "expected array"),
     ({"messages": []}, 400, "messages", "length >= 1"),
-    ({"messages": "hi"}, 400, "messages", "expected array, got str"),
+    ({"messages": "hi"}, 400, "messages", "expected array, got string"),
     ({"messages": [{"role": "user"}]}, 400, "messages[0].content", "is required"),
     ({"messages": [{"role": "king", "content": "hi"}]}, 400, "messages[0].role", "invalid enum value"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages[0].content[0]", "image_url"),
@@ -36,10 +39,10 @@ BAD_CHATS: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"max_tokens": "many"}, 400, "max_tokens", "expected int"),
     ({"max_completion_tokens": -1}, 400, "max_completion_tokens", ">= 1"),
     ({"temperature": 3}, 400, "temperature", "<= 2"),
-    ({"temperature": "hot"}, 400, "temperature", "expected float"),
+    ({"temperature": "hot"}, 400, "temperature", "expected number | null, got string"),
     ({"top_p": 0}, 400, "top_p", "> 0"),
     ({"logit_bias": {"9999": 1}}, 400, "logit_bias", "not in the vocabulary"),
-    ({"logit_bias": {"a": 1}}, 400, "logit_bias", "expected int"),
+    ({"logit_bias": {"a": 1}}, 400, "logit_bias", "logit_bias: its keys: expected integer, got string"),
     ({"logit_bias": {"1": 1000}}, 400, "logit_bias", "<= 100"),
     ({"stop": ""}, 400, "stop", "length >= 1"),
     ({"stop": ["a", 1]}, 400, "stop[1]", "expected str"),
@@ -51,6 +54,10 @@ BAD_CHATS: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"response_format": {"type": "json"}}, 400, "response_format.type", "invalid value"),
     ({"temprature": 1}, 400, "temprature", "unknown parameter"),
     ({"stream_options": {"include_usage": 1}}, 400, "stream_options.include_usage", "expected bool"),
+    ({"stream_options": {"int": 1}}, 400, "stream_options.int", "is not a known parameter"),
+    ({"messages": [{"role": "king"}]}, 400, "messages[0].role", "one of assistant, developer, system, tool, user"),
+    ({"tools": [{"type": "retrieval"}]}, 400, "tools[0].type", "expected function"),
+    ({"response_format": {"type": "xml"}}, 400, "response_format.type", "one of grammar, json_object, json_schema"),
 ]
 
 
@@ -110,6 +117,64 @@ def test_bodies_that_are_not_json_objects(toy_artifact: Artifact, tmp_path: Path
     asyncio.run(scenario())
 
 
+def test_a_body_that_is_packed_is_refused_by_the_name_of_its_header(toy_artifact: Artifact, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(toy_artifact, tmp_path) as toy:
+            response = await toy.chat(headers={"content-encoding": "gzip"})
+            assert (response.status_code, response.json()["error"]["param"]) == (400, "content-encoding")
+            assert (await toy.chat(headers={"content-encoding": "identity"}, max_tokens=1)).status_code == 200
+
+    asyncio.run(scenario())
+
+
+def nested(depth: int, inner: str, outer: str, value: str = "{}") -> str:
+    return inner * depth + value + outer * depth
+
+
+DEEP_PLACES = {
+    "ignored": '"metadata": %s',
+    "format": '"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": %s}}',
+    "default": '"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"default": %s}}}',
+    "enum": '"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": [%s]}}}',
+    "tool": '"tools": [{"type": "function", "function": {"name": "f", "parameters": %s}}], "tool_choice": "required"',
+    "call": '"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": %s}}]}]',
+}
+
+
+@pytest.mark.parametrize("place", DEEP_PLACES)
+@pytest.mark.parametrize("kind", [('{"items": ', "}"), ('{"not": ', "}"), ('{"properties": {"a": ', "}}"), ("[", "]")])
+def test_no_nesting_is_too_deep_for_an_answer(
+    toy_artifact: Artifact, tmp_path: Path, place: str, kind: tuple[str, str]
+) -> None:
+    """Whatever reads a body recursively would end in an error of ours."""
+
+    async def scenario() -> None:
+        async with serving(toy_artifact, tmp_path) as toy:
+            for depth in (60, 90, 180, 220, 800):
+                given = DEEP_PLACES[place] % nested(depth, *kind)
+                messages = "" if place == "call" else ', "messages": [{"role": "user", "content": "hi"}]'
+                body = f'{{"model": "toy", "max_tokens": 1, {given}{messages}}}'
+                response = await toy.client.post("/v1/chat/completions", content=body)
+                assert response.status_code in (200, 400), (depth, response.text)
+                if depth * (1 + kind[0].count("a")) > MAX_DEPTH:
+                    assert response.status_code == 400
+                    assert re.search("nested deeper than|not valid JSON", response.text)
+
+    asyncio.run(scenario())
+
+
+def test_arguments_of_a_call_may_be_no_json_that_can_be_read(toy_artifact: Artifact, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(toy_artifact, tmp_path, FakeSession(VOCAB_SIZE, max_context_tokens=90_000)) as toy:
+            for arguments in ("[" * 50_000, '{"a":' * 5_000, "1" * 5_000, '{"a": NaN}', "{"):
+                call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": arguments}}
+                messages = [USER, {"role": "assistant", "content": "", "tool_calls": [call]}, USER]
+                response = await toy.chat(messages=messages, max_tokens=1)
+                assert response.status_code == 200, response.text
+
+    asyncio.run(scenario())
+
+
 def test_a_large_body_is_refused_before_it_is_all_read(toy_artifact: Artifact, tmp_path: Path) -> None:
     read = 0
 
@@ -137,6 +202,46 @@ def test_harmless_parameters_are_accepted(toy_artifact: Artifact, tmp_path: Path
                 stream=None, ignore_eos=None, temperature=None,
             )  # fmt: skip
             assert response.status_code == 200, response.text
+
+    asyncio.run(scenario())
+
+
+def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_defect(
+    toy_artifact: Artifact, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sent = iter([{"type": "http.request", "body": b'{"model":', "more_body": True}, {"type": "http.disconnect"}])
+
+    async def receive() -> Any:
+        return next(sent)
+
+    async def send(message: Any) -> None:
+        pass
+
+    async def scenario() -> None:
+        async with serving(toy_artifact, tmp_path) as toy:
+            path = "/v1/chat/completions"
+            scope = {
+                "type": "http",
+                "method": "POST",
+                "path": path,
+                "raw_path": b"",
+                "query_string": b"",
+                "headers": [],
+            }
+            await toy.app(scope, receive, send)
+            assert toy.function.num_running == 0
+        assert not caplog.records
+
+    asyncio.run(scenario())
+
+
+def test_nobody_is_sent_elsewhere(toy_artifact: Artifact, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(toy_artifact, tmp_path) as toy:
+            for path in ("/v1/chat/completions/", "/chat/completions", "/v1/v1/messages"):
+                response = await toy.client.post(path, json={})
+                assert response.status_code == 404
+                assert "/docs lists the endpoints" in response.text
 
     asyncio.run(scenario())
 

@@ -182,7 +182,7 @@ BAD: list[tuple[dict[str, Any], int, str, str]] = [
     ({"model": "nobody"}, 404, "not_found_error", "no function 'nobody' here"),
     ({"max_tokens": None}, 400, "invalid_request_error", "max_tokens: expected int"),
     ({"messages": []}, 400, "invalid_request_error", "messages: expected array of length >= 1"),
-    ({"temperature": 1.5}, 400, "invalid_request_error", "temperature: expected float <= 1"),
+    ({"temperature": 1.5}, 400, "invalid_request_error", "temperature: expected number <= 1"),
     ({"tools": [{"name": "f"}], "max_tokens": 1}, 400, "invalid_request_error", "tools"),
     (
         {"thinking": {"type": "enabled", "budget_tokens": 1024}},

@@ -276,7 +276,7 @@ def test_a_response_is_seen_by_its_own_tenant_only(toy_artifact: Artifact, tmp_p
 
 BAD: list[tuple[dict[str, Any], int, str, str]] = [
     ({"model": "nobody"}, 404, "model", "no function 'nobody' here"),
-    ({"input": None}, 400, "input", "expected str | array"),
+    ({"input": None}, 400, "input", "expected string | array"),
     ({"input": [{"type": "item_reference", "id": "x"}]}, 400, "input[0].type", "invalid value 'item_reference'"),
     (
         {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},

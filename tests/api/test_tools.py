@@ -207,6 +207,22 @@ def test_earlier_calls_come_back_as_objects_for_the_template(tmp_path: Path) -> 
     asyncio.run(scenario())
 
 
+def test_what_the_grammar_engine_refuses_of_a_tool_has_its_place_and_no_grammar(
+    hermes: Artifact, tmp_path: Path
+) -> None:
+    function = {"name": "f", "parameters": {"properties": {"a": {"items": {"$ref": "#/nowhere"}}}}}
+
+    async def scenario() -> None:
+        async with serving(hermes, tmp_path) as toy:
+            tools = [TIME, {"type": "function", "function": function}]
+            error = (await toy.chat(tools=tools, tool_choice="required")).json()["error"]
+            place = "tools[1].function.parameters.properties.a.items"
+            assert (error["param"], error["code"]) == (place, "unsupported_schema")
+            assert error["message"] == f"{place}: Pointer '/nowhere' does not exist"
+
+    asyncio.run(scenario())
+
+
 @pytest.mark.parametrize(
     ("params", "param"),
     [

@@ -109,6 +109,7 @@ class Api:
                 Exception: errors.on_unexpected_error,
             },
         )
+        app.router.redirect_slashes = False  # behind a proxy it would lead to where the proxy is not, with the body
         for one in reversed(self._middleware):
             app.add_middleware(one)
         app.add_middleware(Doorkeeper, keyring=self._keyring)
@@ -251,7 +252,9 @@ class Api:
     def _document(self) -> dict[str, Any]:
         return document(self.endpoints(), __version__)
 
-    async def _complete(self, request: Request, body: GenerationBody, asked: FunctionRequest, shape: Shape) -> Response:
+    async def _complete(
+        self, request: Request, body: GenerationBody, asked: FunctionRequest, shape: Shape[Any, Any]
+    ) -> Response:
         return await self._intake.answer(
             request, body, asked, partial(stream, body=body, shape=shape), partial(whole, body=body, shape=shape)
         )

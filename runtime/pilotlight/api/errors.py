@@ -62,7 +62,8 @@ async def on_pilotlight_error(request: Request, error: Exception) -> Response:
 async def on_http_exception(request: Request, error: Exception) -> Response:
     """Answer for routes and methods that don't exist."""
     assert isinstance(error, HTTPException)
-    answer = PilotlightError(f"{request.method} {request.url.path}: {error.detail.lower()}")
+    hint = "; /docs lists the endpoints" if error.status_code == 404 else ""
+    answer = PilotlightError(f"{request.method} {request.url.path}: {error.detail.lower()}{hint}")
     answer.status, answer.type, answer.code = error.status_code, "invalid_request_error", "not_found"
     if error.status_code == 405:
         answer.code = "method_not_allowed"

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from functools import partial
 
 import msgspec
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from pilotlight.api.auth import Caller, caller_of
@@ -50,12 +50,24 @@ class Intake:
         return self.functions[name]
 
     async def read_body(self, request: Request) -> bytes:
-        """Read the body, and stop reading at the limit."""
+        """Read the body, and stop reading at the limit.
+
+        Raises:
+            BodyTooLarge: see above.
+            InvalidRequest: the body is packed.
+            RequestCancelled: the client left in the middle of it.
+        """
+        if (encoding := request.headers.get("content-encoding", "identity")) != "identity":
+            message = f"content-encoding: {encoding} is not supported; send the body as it is"
+            raise InvalidRequest("content-encoding", message, "unsupported_parameter")
         body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > self._max_body_bytes:
-                raise BodyTooLarge(self._max_body_bytes)
+        try:
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > self._max_body_bytes:
+                    raise BodyTooLarge(self._max_body_bytes)
+        except ClientDisconnect as left:
+            raise RequestCancelled from left
         request.state.body = bytes(body)
         return bytes(body)
 

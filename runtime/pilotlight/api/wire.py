@@ -6,17 +6,25 @@ not given, as the clients' types have it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, TypeVar
 
 import msgspec
 from msgspec import Meta
 
+from pilotlight.api.allowed_values import allowed_values
 from pilotlight.errors import InvalidRequest
 
 SAMPLING = (
     "temperature top_k top_p min_p repetition_penalty frequency_penalty presence_penalty logit_bias seed"
 ).split()
+
+MAX_DEPTH = 200
+"""How deep values may be nested; much of what reads them does so recursively."""
+
+JSON_TYPES = {"str": "string", "int": "integer", "float": "number", "bool": "boolean"}
+_QUOTED_TYPE = re.compile(r"\b(str|int|float|bool)\b(?=[^`]*`)")
 
 T = TypeVar("T", bound="Body")
 S = TypeVar("S", bound=msgspec.Struct)
@@ -88,7 +96,7 @@ def parse(raw: bytes, kind: type[T]) -> T:
     try:
         return msgspec.convert(kind.normalized(given), kind, str_keys=True)
     except msgspec.ValidationError as error:
-        raise _invalid(error) from error
+        raise _invalid(error, kind) from error
 
 
 def parse_text(given: Mapping[str, str], kind: type[S]) -> S:
@@ -100,17 +108,32 @@ def parse_text(given: Mapping[str, str], kind: type[S]) -> S:
     try:
         return msgspec.convert(dict(given), kind, strict=False)
     except msgspec.ValidationError as error:
-        raise _invalid(error) from error
+        raise _invalid(error, kind) from error
 
 
 def _object(raw: bytes) -> dict[str, Any]:
+    if not raw.strip():
+        raise InvalidRequest(None, "the body is empty; expected a JSON object", "invalid_json")
     try:
         body = msgspec.json.decode(raw)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InvalidRequest(None, f"the body is not valid JSON: {error}", "invalid_json") from error
+        reason = str(error).partition(" - at ")[0]
+        raise InvalidRequest(None, f"the body is not valid JSON: {reason}", "invalid_json") from error
     if not isinstance(body, dict):
         raise InvalidRequest(None, "the body must be a JSON object", "invalid_json")
+    if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH and _is_deep(body):
+        raise InvalidRequest(None, f"the body is nested deeper than {MAX_DEPTH} levels")
     return body
+
+
+def _is_deep(body: dict[str, Any]) -> bool:
+    level: list[Any] = [body]
+    for _ in range(MAX_DEPTH):
+        below = [each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list)]
+        level = [value for values in below for value in values]
+        if not level:
+            return False
+    return True
 
 
 def _check_other(key: str, value: object, kind: type[Body]) -> None:
@@ -127,13 +150,20 @@ def _is_same(value: object, other: object) -> bool:
     return value == other and isinstance(value, bool) == isinstance(other, bool)
 
 
-def _invalid(error: msgspec.ValidationError) -> InvalidRequest:
+def _invalid(error: msgspec.ValidationError, kind: type[msgspec.Struct]) -> InvalidRequest:
     """Turn msgspec's message ("Expected … - at `$.a.b`") into one that begins with the parameter."""
-    expectation, _, place = str(error).replace("`", "").partition(" - at ")
+    expectation, _, place = str(error).partition(" - at ")
+    if expectation.startswith("Expected"):
+        expectation = _QUOTED_TYPE.sub(lambda quoted: JSON_TYPES.get(quoted[0], quoted[0]), expectation)
+    expectation, place = expectation.replace("`", ""), place.replace("`", "")
+    if place.startswith("key in"):
+        expectation = f"its keys: {expectation[:1].lower()}{expectation[1:]}"
     param = place.rpartition("$")[2].removeprefix(".").removesuffix("[...]") or None
     for marker in ("missing required field ", "contains unknown field "):
         _, found, name = expectation.partition(marker)
         if found:
             param = f"{param}.{name}" if param else name
             expectation = "is required" if "missing" in marker else "is not a known parameter"
+    if param and expectation.startswith("Invalid") and (allowed := allowed_values(kind, param)):
+        expectation += f"; expected {'one of ' if len(allowed) > 1 else ''}{', '.join(allowed)}"
     return InvalidRequest(param, f"{param}: {expectation[:1].lower()}{expectation[1:]}" if param else expectation)

@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 from pilotlight.errors import InvalidRequest
-from pilotlight.text.grammar_refusal import refused_place
+from pilotlight.text.grammar_refusal import refused_schema, told
 from pilotlight.text.json_schema import UnsupportedSchema, supported
 
 MAX_GRAMMAR_CHARS = 256 * 1024
@@ -77,7 +77,7 @@ def check_grammar(grammar: str, param: str) -> None:
         return str(LLMatcher.validate_grammar(json.dumps({"grammars": [{"json_schema": schema}]})))
 
     if problem := LLMatcher.validate_grammar(grammar):
-        reason = " ".join(problem.split())[:MAX_REASON_CHARS]
-        place = refused_place(grammar, problem_of)
-        code = "unsupported_grammar" if place is None else "unsupported_schema"
-        raise InvalidRequest(place or param, f"{place or param}: {reason}", code)
+        refused = refused_schema(grammar, problem_of)
+        place, reason = refused or (param, problem)
+        code = "unsupported_grammar" if refused is None else "unsupported_schema"
+        raise InvalidRequest(place, f"{place}: {told(reason)[:MAX_REASON_CHARS]}", code)

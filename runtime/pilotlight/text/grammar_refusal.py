@@ -17,15 +17,25 @@ SHARED = ("$defs", "definitions", "x-guidance")
 """What a part of a schema may need from the whole."""
 
 
-def refused_place(grammar: str, problem: Problem) -> str | None:
-    """Return the parameter and the path of the smallest schema in a grammar that is refused by itself.
+def refused_schema(grammar: str, problem: Problem) -> tuple[str, str] | None:
+    """Return the parameter and the path of the smallest schema in a grammar that is refused by itself, and why.
 
     Schemas say in ``$comment`` which parameter they came with. None: it is not a schema that is refused.
     """
     for schema in _schemas(grammar):
         if reason := problem(schema):
-            return f"{schema['$comment']}{_path(schema, schema, reason, problem)}"
+            return f"{schema['$comment']}{_path(schema, schema, reason, problem)}", reason
     return None
+
+
+def told(problem: str) -> str:
+    """Return what the grammar engine says is wrong in one line, without the lines in which it draws where."""
+    lines = [line for line in problem.splitlines() if line and not line[0].isspace()]
+    of_pattern = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    if not of_pattern:
+        return " ".join(" ".join(lines).split())
+    _, _, pattern = lines[0].partition(" (in regex)")[0].partition(": ")
+    return f"{pattern or lines[0]}: {of_pattern[0]}"
 
 
 def _schemas(grammar: str) -> Iterator[dict[str, Any]]:
