@@ -76,6 +76,11 @@ def replace_by_loop(file: Path) -> None:
     file.symlink_to(file)
 
 
+def test_what_is_no_path_is_no_artifact() -> None:
+    with pytest.raises(ArtifactError, match="is no path"):
+        open_artifact(Path("a\0b"))
+
+
 def test_a_sound_artifact_opens_and_verifies(directory: Path) -> None:
     artifact = open_artifact(directory)
     artifact.verify()

@@ -262,6 +262,8 @@ def open_artifact(path: Path) -> Artifact:
         raise ArtifactError(manifest_path, "is missing, so this is not an artifact") from error
     except OSError as error:
         raise ArtifactError(manifest_path, f"cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise ArtifactError(path, f"is no path ({error})") from error
     manifest = decode_manifest(raw, manifest_path)
     for file_path, entry in _files(path, manifest):
         _check_size(file_path, entry.size_bytes)

@@ -19,7 +19,8 @@ from starlette.routing import Route
 from pilotlight.api import openai_types
 from pilotlight.api.openapi import PATH_PARAMETER
 from pilotlight.artifact import Artifact
-from support import Serving, events, named_events, serving
+from pilotlight.engine.fake import FakeSession
+from support import VOCAB_SIZE, Serving, events, named_events, serving
 
 USER = [{"role": "user", "content": "hi"}]
 Document = dict[str, Any]
@@ -111,13 +112,37 @@ def test_stream_events_are_as_described(toy_artifact: Artifact, tmp_path: Path) 
             document = await described(toy)
             for path, body in streams.items():
                 content = document["paths"][path]["post"]["responses"]["200"]["content"]["text/event-stream"]
-                schema = content["itemSchema"]["properties"]["data"]["contentSchema"]
-                event = {**schema, "components": document["components"]}
+                data = content["itemSchema"]["properties"]["data"]
+                event = {**data.get("else", data)["contentSchema"], "components": document["components"]}
                 text = (await toy.client.post(path, json={"model": "toy", "stream": True, **body})).text
                 found = events(text) if "[DONE]" in text else [event for _, event in named_events(text)]
                 assert len(found) > 4
                 for each in found:
                     Draft202012Validator(event).validate(each)
+                assert ("[DONE]" in text) == (data.get("if") == {"const": "[DONE]"})
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_the_error_that_ends_a_stream_is_described(toy_artifact: Artifact, tmp_path: Path, path: str) -> None:
+    def before_run() -> None:
+        if session.num_runs > 2:
+            raise RuntimeError("no such kernel")
+
+    session = FakeSession(VOCAB_SIZE, before_run=before_run)
+
+    async def scenario() -> None:
+        async with serving(toy_artifact, tmp_path, session) as toy:
+            document = await described(toy)
+            content = document["paths"][path]["post"]["responses"]["200"]["content"]["text/event-stream"]
+            schema = content["itemSchema"]["properties"]["data"]["else"]["contentSchema"]
+            given: dict[str, Any] = {"messages": USER} if "chat" in path else {"prompt": "a"}
+            body = {"model": "toy", "stream": True, "max_tokens": 9, "ignore_eos": True, **given}
+            found = events((await toy.client.post(path, json=body)).text)
+            assert found[-1]["error"]["code"] == "engine_error"
+            for each in found:
+                Draft202012Validator({**schema, "components": document["components"]}).validate(each)
 
     asyncio.run(scenario())
 

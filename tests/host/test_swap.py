@@ -155,6 +155,8 @@ def test_what_cannot_be_swapped_changes_nothing(server: ServerProcess, demo_int4
     old = answer(server.url)
     missing = swap(server, tmp_path / "none")
     assert (missing.returncode, missing.stderr) == (1, f"pilotlight: {tmp_path / 'none'}: does not exist\n")
+    refused = httpx.post(f"{server.url}/admin/functions/demo/swap", json={"artifact": "a\0b"})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "artifact")
     altered = copy_with(demo_int4, tmp_path / "altered", {})
     (altered / "model.onnx.data").write_bytes(b"x" * (demo_int4.path / "model.onnx.data").stat().st_size)
     assert "was altered" in swap(server, altered).stderr

@@ -69,7 +69,7 @@ class HostStatus(msgspec.Struct, frozen=True, kw_only=True):
 class SwapBody(Body, frozen=True, kw_only=True):
     """``artifact`` is a path on the host; a canary gets so many of a hundred requests."""
 
-    artifact: str
+    artifact: Annotated[str, Meta(pattern=r"^[^\x00]+$")]
     canary_percent: Annotated[float, Meta(gt=0, lt=100)] | None = None
 
 

@@ -48,7 +48,7 @@ from pilotlight.api.openapi import document
 from pilotlight.api.response_store import ResponseStore
 from pilotlight.api.resume_token import ResumeTokens
 from pilotlight.api.resumption import Resumption
-from pilotlight.api.sse import STRAIGHT_SEND
+from pilotlight.api.sse import STRAIGHT_SEND, TERMINATOR
 from pilotlight.api.wire import parse
 from pilotlight.errors import (
     Draining,
@@ -127,6 +127,7 @@ class Api:
                 answer=ChatCompletion,
                 body=ChatBody,
                 event=ChatChunk,
+                terminator=TERMINATOR,
                 headers=GenerationHeaders,
                 refusals=GENERATION,
             ),
@@ -138,6 +139,7 @@ class Api:
                 answer=TextCompletion,
                 body=TextBody,
                 event=TextChunk,
+                terminator=TERMINATOR,
                 headers=GenerationHeaders,
                 refusals=GENERATION,
             ),

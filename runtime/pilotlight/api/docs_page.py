@@ -67,7 +67,8 @@ def _contents(content: dict[str, Any]) -> str:
 def _described(content: dict[str, Any]) -> dict[str, Any]:
     """Return the schema of a body, or of what the events of a stream carry."""
     if "itemSchema" in content:
-        return dict(content["itemSchema"]["properties"]["data"]["contentSchema"])
+        data = content["itemSchema"]["properties"]["data"]
+        return dict(data.get("else", data)["contentSchema"])
     return dict(content["schema"])
 
 

@@ -58,6 +58,7 @@ GENERATION = (
 class Endpoint:
     """One operation. ``answer`` is the type of its JSON body, or a media type; ``event`` that of a stream's frames.
 
+    A stream with a ``terminator`` ends with that, which is no JSON, or else with an error.
     ``also`` are media types that an Accept header may ask for instead. ``query`` and ``headers`` are structs whose
     fields are the parameters there.
     """
@@ -69,6 +70,7 @@ class Endpoint:
     answer: Any
     body: type[Body] | None = None
     event: Any = None
+    terminator: str | None = None
     also: tuple[str, ...] = ()
     query: type[msgspec.Struct] | None = None
     headers: type[msgspec.Struct] | None = None

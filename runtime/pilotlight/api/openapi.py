@@ -135,7 +135,7 @@ def _responses(endpoint: Endpoint, schemas: _Schemas) -> Schema:
     else:
         content = {JSON: {"schema": schemas.of(endpoint.answer)}}
     if endpoint.event is not None:
-        content[EVENT_STREAM] = {"itemSchema": _frame(schemas.of(endpoint.event))}
+        content[EVENT_STREAM] = {"itemSchema": _frame(endpoint, schemas)}
     content |= {media_type: {"schema": {"type": "string"}} for media_type in endpoint.also}
     responses = {"200": _response("The answer.", content)}
     error = ErrorEvent if endpoint.path.startswith(anthropic_errors.PATHS) else ErrorEnvelope
@@ -144,9 +144,14 @@ def _responses(endpoint: Endpoint, schemas: _Schemas) -> Schema:
     return responses
 
 
-def _frame(event: Schema) -> Schema:
-    """Return the schema of one server-sent event, whose data is JSON (or, where a stream ends so, ``[DONE]``)."""
+def _frame(endpoint: Endpoint, schemas: _Schemas) -> Schema:
+    """Return the schema of one server-sent event, whose data is JSON (or, where a stream ends so, its terminator)."""
+    event = schemas.of(endpoint.event)
     data = {"type": "string", "contentMediaType": JSON, "contentSchema": event}
+    if endpoint.terminator is not None:
+        or_error = {"anyOf": [event, schemas.of(ErrorEnvelope)]}
+        rest = {"contentMediaType": JSON, "contentSchema": or_error}
+        data = {"type": "string", "if": {"const": endpoint.terminator}, "else": rest}
     return {"type": "object", "required": ["data"], "properties": {"event": {"type": "string"}, "data": data}}
 
 

@@ -15,7 +15,8 @@ from pilotlight.api.errors import error_body
 from pilotlight.errors import PilotlightError
 from pilotlight.function import Invocation
 
-DONE = b"data: [DONE]\n\n"
+TERMINATOR = "[DONE]"
+DONE = f"data: {TERMINATOR}\n\n".encode()
 COMMENT = b": ping\n\n"
 PING_AFTER_S = 15.0
 PING_BEFORE_FIRST_TOKEN_S = 1.0
