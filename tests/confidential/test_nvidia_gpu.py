@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from datetime import datetime
 from functools import cache
 from typing import Any
 
@@ -39,11 +40,11 @@ VBIOS: Golden = {2: (b"\2" * 48,)}
 class Publisher:
     """Signs reference values, as NVIDIA does."""
 
-    def __init__(self) -> None:
+    def __init__(self, valid_until: datetime = VALID_UNTIL) -> None:
         self._key = ec.generate_private_key(ec.SECP384R1())
         name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "Reference values")])
         builder = x509.CertificateBuilder(
-            name, name, self._key.public_key(), x509.random_serial_number(), VALID_FROM, VALID_UNTIL
+            name, name, self._key.public_key(), x509.random_serial_number(), VALID_FROM, valid_until
         )
         builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
         usage = x509.KeyUsage(True, False, False, False, False, True, True, False, False)
@@ -148,6 +149,17 @@ def test_reference_values_of_another_version_are_refused() -> None:
 def test_reference_values_that_somebody_else_signed_are_refused() -> None:
     other = Publisher().rim("550.144.03", DRIVER)
     assert problems(appraised(machine().gpus[0], {"driver_rim": other})) == {Problem.UNKNOWN_ROOT}
+
+
+def test_reference_values_are_judged_by_the_time_that_is_asked_about_and_not_by_the_clock() -> None:
+    """A receipt of last year has the reference values of last year, whose signer's certificate has expired since."""
+    old = Publisher(valid_until=utc("2021-01-01"))
+    content, pinned = old.rim("550.144.03", DRIVER), {old.fingerprint}
+    assert rim.read(content, pinned, b"", utc("2020-06-01")).version == "550.144.03"
+    for at, problem in ((NOW, Problem.EXPIRED), (utc("2019-06-01"), Problem.NOT_YET_VALID)):
+        with pytest.raises(Refused) as refused:
+            rim.read(content, pinned, b"", at)
+        assert refused.value.reason.problem is problem
 
 
 def test_firmware_that_the_certificate_does_not_name_is_refused() -> None:

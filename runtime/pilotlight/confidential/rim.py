@@ -6,7 +6,7 @@ Source: TCG, Reference Integrity Manifest Information Model; ISO/IEC 19770-2; NV
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 from cryptography import x509
@@ -49,7 +49,7 @@ def read(content: bytes, pinned: Collection[str], certificates: bytes, at: datet
     document = _document(content)
     offered = _certificates(document)
     chain.verify_chain(offered[0], [*offered[1:], *chain.load_pem(certificates)], pinned, at)
-    return _rim(_signed(document, offered[0]))
+    return _rim(_signed(document, offered[0], at))
 
 
 def _document(content: bytes) -> etree._Element:
@@ -74,11 +74,15 @@ def _certificates(document: etree._Element) -> list[x509.Certificate]:
     return chain.load_pem(pem.encode())
 
 
-def _signed(document: etree._Element, signer: x509.Certificate) -> etree._Element:
-    """Return what the signature covers, as it was signed: nothing else of the document may be looked at."""
+def _signed(document: etree._Element, signer: x509.Certificate, at: datetime) -> etree._Element:
+    """Return what the signature covers, as it was signed: nothing else of the document may be looked at.
+
+    ``at`` is passed on since signxml looks at the signer's validity, too, and by the machine's clock unless it is told.
+    """
     pem = signer.public_bytes(Encoding.PEM).decode()
+    expected = replace(EXPECTED, verification_time=at)
     try:
-        results = XMLVerifier().verify(document, x509_cert=pem, expect_config=EXPECTED)
+        results = XMLVerifier().verify(document, x509_cert=pem, expect_config=expected)
     except (SignXMLException, ValueError, TypeError, KeyError, etree.LxmlError) as error:
         raise Refused(Problem.SIGNATURE, f"the reference values are not signed as they should be ({error})") from error
     result = results[0] if isinstance(results, list) else results
