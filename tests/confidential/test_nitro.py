@@ -104,7 +104,7 @@ def test_an_enclave_that_is_closed_is_accepted() -> None:
         ({"pcrs": [IMAGE]}, {Problem.MALFORMED}),
         ({"nonce": None}, {Problem.NONCE}),
         ({"nonce": b"old"}, {Problem.NONCE}),
-        ({"nonce": b"n" * 513}, {Problem.MALFORMED}),
+        ({"nonce": b"n" * 1025}, {Problem.MALFORMED}),
         ({"nonce": "text"}, {Problem.MALFORMED}),
         ({"digest": "SHA256"}, {Problem.MALFORMED}),
         ({"module_id": ""}, {Problem.MALFORMED}),
@@ -122,6 +122,29 @@ def test_an_enclave_that_is_closed_is_accepted() -> None:
 )
 def test_signed_documents_are_still_checked(changes: dict[str, Any], expected: set[Problem]) -> None:
     assert problems(appraised(aws().document(**changes))) == expected
+
+
+def indefinite(value: Any) -> bytes:
+    """Encode as newer security modules do: maps and lists without their length, and an end."""
+    if isinstance(value, dict):
+        return b"\xbf" + b"".join(indefinite(part) for pair in value.items() for part in pair) + b"\xff"
+    if isinstance(value, list):
+        return b"\x9f" + b"".join(map(indefinite, value)) + b"\xff"
+    return cbor2.dumps(value)
+
+
+def test_a_document_without_lengths_is_the_same_document() -> None:
+    definite = aws().document()
+    fields = cbor2.loads(cbor2.loads(definite)[2])
+    signed = aws().message(indefinite(fields))
+    appraisal = appraised(signed)
+    assert appraisal.reasons == ()
+    assert appraisal.claims == appraised(definite).claims
+    assert problems(appraised(signed, nonce=b"another")) == {Problem.NONCE}
+    zeroed = aws().message(indefinite({**fields, "pcrs": {0: bytes(48)}}))
+    assert problems(appraised(zeroed)) == {Problem.DEBUG, Problem.MEASUREMENT}
+    for payload in (indefinite(fields)[:-1], indefinite(fields) + b"\xff", indefinite(fields)[:-1] + b"\x61a\xff"):
+        assert problems(appraised(aws().message(payload))) == {Problem.MALFORMED}
 
 
 @pytest.mark.parametrize(
@@ -164,6 +187,7 @@ def test_the_reader_and_a_general_one_agree_on_a_real_document() -> None:
 )
 def test_values_are_read(value: Any) -> None:
     assert cbor.loads(cbor2.dumps(value)) == value
+    assert cbor.loads(indefinite(value)) == value
     for simple in (True, False, None):
         assert cbor.loads(cbor2.dumps(simple)) is simple
 
@@ -175,9 +199,16 @@ def test_values_are_read(value: Any) -> None:
         b"\x18",
         b"\x42a",
         b"\x62\xff\xff",
-        b"\x9f\xff",
-        b"\xbf\xff",
+        b"\x9f",
+        b"\x9f\x01",
+        b"\xbf\x01\xff",
+        b"\xbf\xff\x01",
+        b"\xbf\x01\x02\x01\x03\xff",
+        b"\xff",
         b"\x5f\x41a\xff",
+        b"\x7f\x61a\xff",
+        b"\x1f",
+        b"\xdf\x01",
         b"\xf9\x00\x00",
         b"\xf7",
         b"\xf8\x20",
@@ -185,6 +216,7 @@ def test_values_are_read(value: Any) -> None:
         b"\xa2\x01\x02\x01\x03",
         b"\xa1\x80\x01",
         b"\x81" * 10_000,
+        b"\x9f" * 10_000,
         b"\x9b" + b"\xff" * 8,
         b"\xbb" + b"\xff" * 8,
         b"\x5b" + b"\xff" * 8,

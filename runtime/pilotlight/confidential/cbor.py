@@ -1,15 +1,21 @@
-"""CBOR as COSE messages of attestation use it, read strictly: no indefinite lengths, no floats, one tag.
+"""CBOR as COSE messages of attestation use it, read strictly: no strings in pieces, no floats, one tag.
 
-A general decoder turns foreign tags into objects (dates, expressions, numbers of any size), which is more than a
-verifier wants to do with bytes of a stranger. Source: RFC 8949, sections 3 and 4.2; RFC 9052, section 4.2.
+Lists and maps may be of indefinite length, since the maps of AWS's newer documents are. A general decoder turns foreign
+tags into objects (dates, expressions, numbers of any size), which is more than a verifier wants to do with bytes of a
+stranger. Source: RFC 8949, sections 3 and 4.2; RFC 9052, section 4.2.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 from pilotlight.confidential.appraisal import Problem, Refused
 
 MAX_DEPTH = 8
 COSE_SIGN1 = 18
+INDEFINITE = -1
+"""In place of a count: up to ``BREAK``."""
+BREAK = b"\xff"
 
 Value = int | bytes | str | bool | None | list["Value"] | dict["Value", "Value"]
 
@@ -51,9 +57,9 @@ class _Reader:
             case 3:
                 return self._text(argument)
             case 4:
-                return [self.item(depth + 1) for _ in range(self._count(argument))]
+                return [self.item(depth + 1) for _ in self._rounds(argument)]
             case 5:
-                return self._map(self._count(argument), depth)
+                return self._map(argument, depth)
             case 6 if argument == COSE_SIGN1 and depth == 0:
                 return self.item(depth + 1)
             case 7 if argument in (20, 21, 22):
@@ -65,8 +71,10 @@ class _Reader:
         major, low = first >> 5, first & 31
         if low < 24:
             return major, low
+        if low == 31 and major in (4, 5):
+            return major, INDEFINITE
         if low > 27 or major == 7:
-            raise Refused(Problem.MALFORMED, "CBOR of indefinite length, or a number with a point, is not expected")
+            raise Refused(Problem.MALFORMED, "a string in pieces, or a number with a point, is not expected in CBOR")
         return major, int.from_bytes(self._take(1 << (low - 24)))
 
     def _take(self, size: int) -> bytes:
@@ -81,12 +89,19 @@ class _Reader:
         except UnicodeDecodeError as error:
             raise Refused(Problem.MALFORMED, "a text in the CBOR is not UTF-8") from error
 
-    def _count(self, argument: int) -> int:
-        return min(argument, len(self._content) + 1)  # each item takes a byte: more than that ends early
+    def _rounds(self, count: int) -> Iterator[None]:
+        """Yield before each item of a list, and before each pair of a map."""
+        if count != INDEFINITE:
+            for _ in range(min(count, len(self._content) + 1)):  # each takes a byte: more than that ends early
+                yield
+            return
+        while self._take(1) != BREAK:
+            self.at -= 1
+            yield
 
-    def _map(self, size: int, depth: int) -> dict[Value, Value]:
+    def _map(self, count: int, depth: int) -> dict[Value, Value]:
         found: dict[Value, Value] = {}
-        for _ in range(size):
+        for _ in self._rounds(count):
             key = self.item(depth + 1)
             if not isinstance(key, int | str) or key in found:
                 raise Refused(Problem.MALFORMED, "a key in the CBOR is no number or text, or is there twice")
