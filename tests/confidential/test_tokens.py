@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -15,7 +16,10 @@ from cryptography.hazmat.primitives.hashes import SHA256, SHA384
 
 from evidence_files import evidence_file, utc
 from pilotlight.confidential.appraisal import Appraisal, Evidence, Kind, Policy, Problem, Roots
+from pilotlight.confidential.binding import device_nonce
 from pilotlight.confidential.pins import VENDORS
+from pilotlight.confidential.simulated_gpu import SimulatedGpus
+from pilotlight.confidential.simulator import Simulator
 from pilotlight.confidential.verify import appraise
 from pilotlight.tee import TeeLabel
 
@@ -148,6 +152,30 @@ def test_a_service_s_tokens_are_accepted() -> None:
 )
 def test_tokens_that_are_not_as_they_should_be_are_refused(body: Any, expected: Problem) -> None:
     assert problems(nras(body())) == {expected}
+
+
+def test_a_service_s_tokens_about_the_same_gpu_do_not_count_twice() -> None:
+    processor = Simulator.create()
+    device = Policy(kinds=frozenset({Kind.NRAS, Kind.SIMULATED_GPU}), any_measurement=True)
+    policy = Policy(kinds=frozenset({Kind.SIMULATED}), any_measurement=True, num_devices=2, device=device)
+    trusted = roots().trusting(Kind.SIMULATED, processor.root_fingerprint)
+    gpu = SimulatedGpus(1)
+    trusted = trusted.trusting(Kind.SIMULATED_GPU, gpu.root_fingerprint)
+    nonce = device_nonce(REPORT_DATA)
+
+    def service(*numbers: int) -> Evidence:
+        asked = {"eat_nonce": nonce.hex()}
+        return Evidence(Kind.NRAS, eat([gpu_claims(number, **asked) for number in numbers], **asked))
+
+    def found(*devices: Evidence) -> Appraisal:
+        evidence = replace(processor.attest(REPORT_DATA), devices=devices)
+        return appraise(evidence, nonce=REPORT_DATA, policy=policy, at=NOW, roots=trusted)
+
+    assert found(service(0), service(1)).accepted
+    assert found(service(0, 1)).accepted
+    assert problems(found(service(0), service(0, 1))) == {Problem.DUPLICATE}
+    assert problems(found(service(0, 1), service(1, 2))) == {Problem.DUPLICATE}
+    assert problems(found(service(0), *gpu.attest_devices(nonce))) == {Problem.DUPLICATE}
 
 
 def test_the_real_tokens_are_whole_and_their_keys_are_unknown() -> None:

@@ -241,7 +241,7 @@ class Finding:
     ``claims`` hold bytes as lower-case hex; ``debug`` (bool, or "unknown") is always among them, ``tcb.*`` (int) and
     ``tcb_status`` where the kind has them. ``measurements`` name the claims that identify the code. ``fresh`` says that
     the expected nonce is in it, and ``problems`` what speaks against it in spite of good signatures. ``unit``
-    identifies the guest, or the GPU, so that one cannot be counted twice.
+    identifies the guest, or the GPU (several with commas between them), so that one cannot be counted twice.
     """
 
     claims: Mapping[str, Claim]
@@ -372,10 +372,13 @@ def _device_reasons(devices: tuple[Appraisal, ...], policy: Policy) -> tuple[Rea
     num_devices = sum(_num_gpus(device) for device in devices)
     if num_devices < policy.num_devices:
         reasons.append(Reason(Problem.DEVICES, f"there are {num_devices} GPUs, and {policy.num_devices} are required"))
-    units = [device.unit for device in devices if device.unit]
+    units = [unit for device in devices for unit in device.unit.split(",") if unit]
     bodies = [device.evidence_digest for device in devices]
     if len(set(units)) < len(units) or len(set(bodies)) < len(bodies):
         reasons.append(Reason(Problem.DUPLICATE, "one GPU is given as several"))
+    named_by_service = [device.kind is Kind.NRAS for device in devices]
+    if any(named_by_service) and not all(named_by_service):  # one has the GPUs' names, the other their certificates
+        reasons.append(Reason(Problem.DUPLICATE, "reports and a service's tokens may be of the same GPU"))
     return tuple(reasons)
 
 
