@@ -220,3 +220,28 @@ def test_revocations_are_those_of_the_chain_and_have_their_time() -> None:
 def test_a_list_of_revocations_in_the_collateral_counts() -> None:
     evidence = replace(chip().attest(NONCE), collateral={"crl": Authority("ARK-Milan").revoke()})
     assert problems(appraised(evidence, chip())) == {Problem.COLLATERAL}
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b"\xa0\x03\x02\x01\x02", b"\xa0\x03\x02\x01\x01"),
+        (b"\xa0\x03\x02\x01\x02", b"\xa0\x03\x02\x01\x7f"),
+        (b"\x06\x03\x55\x1d\x0f", b"\x06\x03\x55\x1d\x13"),
+    ],
+    ids=["a version that is none", "a version of the future", "an extension that is there twice"],
+)
+def test_a_certificate_that_libraries_choke_on_is_refused(old: bytes, new: bytes) -> None:
+    """cryptography has errors of its own for these, which are no ``ValueError``."""
+    _, leaf = tree()
+    content = leaf.public_bytes(Encoding.DER)
+    assert old in content
+    assert refusal_of(chain.load_der, content.replace(old, new, 1)) is Problem.MALFORMED
+
+
+def test_a_list_of_revocations_of_no_version_is_refused() -> None:
+    root, leaf = tree()
+    crl = root.revoke()
+    place = crl.index(b"\x02\x01\x01")  # version 2 is written as 1
+    broken = crl[: place + 2] + b"\0" + crl[place + 3 :]
+    assert refusal_of(chain.check_not_revoked, (leaf, root.certificate), [broken], NOW) is Problem.COLLATERAL

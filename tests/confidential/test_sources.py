@@ -153,9 +153,12 @@ def test_the_security_module_of_nitro(tmp_path: Path) -> None:
     module = NitroSecurityModule(device, b"key", security_module(answer))
     assert module.attest(REPORT_DATA) == Evidence(Kind.NITRO, b"document")
     bad: Any
-    for bad in ({"Error": "InvalidOperation"}, ["?"], {"Attestation": {}}):
+    for bad in ({"Error": "InvalidOperation"}, ["?"], {"Attestation": {}}, {"Attestation": []}):
         with pytest.raises(EvidenceUnavailable, match="answers"):
             NitroSecurityModule(device, b"key", security_module(bad)).attest(REPORT_DATA)
+    broken = cbor2.CBORTag(2, "not bytes")  # a number that is none: the module is on the host's side
+    with pytest.raises(EvidenceUnavailable, match="cannot be read"):
+        NitroSecurityModule(device, b"key", security_module(broken)).attest(REPORT_DATA)
 
 
 class FakeNvml:

@@ -24,7 +24,14 @@ from cryptography.utils import CryptographyDeprecationWarning
 from pilotlight.confidential.appraisal import Problem, Refused
 
 MAX_CERTIFICATES = 16
-DEFECTS = (ValueError, TypeError, UnsupportedAlgorithm)
+DEFECTS = (
+    ValueError,
+    TypeError,
+    UnsupportedAlgorithm,
+    x509.InvalidVersion,
+    x509.DuplicateExtension,
+    x509.UnsupportedGeneralNameType,
+)
 """What cryptography raises at bytes that are no certificate or no list of revocations."""
 
 

@@ -192,7 +192,7 @@ class KeyServer:
             raise
         content = self._read(path)
         self._log(f"released {path}: label {appraisal.label}, evidence {appraisal.evidence_digest}")
-        return _json(_encrypted(content, attested.key))
+        return _json(encrypted(content, attested.key))
 
     def _session_id(self, request: Request) -> str:
         """Return the session of the cookie, or of the token where there is one."""
@@ -258,7 +258,7 @@ class KeyServer:
             raise Problem(404, f"there is no resource {path}") from error
 
 
-def _encrypted(content: bytes, key: dict[str, Any]) -> dict[str, Any]:
+def encrypted(content: bytes, key: dict[str, Any]) -> dict[str, Any]:
     """Return a flattened JWE whose ephemeral key is in the protected header, as in upstream's."""
     header = {"alg": KEY_ALGORITHM, "enc": "A256GCM"}
     compact = jwe.encrypt_compact(header, content, _import_key(key), algorithms=ALGORITHMS)

@@ -16,7 +16,6 @@ So whoever knows the policy needs no server and no key to verify one: the eviden
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -269,7 +268,7 @@ def _body_of(attestation: bytes) -> bytes:
         raise ReceiptRefused("the receipt's attestation holds no evidence")
     try:
         return base64.b64decode(evidence.body, validate=True)
-    except binascii.Error as error:
+    except ValueError as error:
         raise ReceiptRefused("the receipt's evidence is not base64") from error
 
 

@@ -6,7 +6,6 @@ Source: RFC 9180 for X25519 (HPKE base mode), RFC 8017 for RSA (OAEP with SHA-25
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import re
 from collections.abc import Callable
@@ -153,5 +152,5 @@ def _encoded(content: bytes) -> str:
 def _decoded(recipient: Recipient) -> bytes:
     try:
         return base64.b64decode(recipient.wrapped, validate=True)
-    except binascii.Error as error:
+    except ValueError as error:
         raise ConfigError(f"the wrapped key of {recipient.id} is not base64") from error

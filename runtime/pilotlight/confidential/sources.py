@@ -211,8 +211,12 @@ class NitroSecurityModule:
         except OSError as error:
             raise EvidenceUnavailable(f"{self._device}: {os.strerror(error.errno or 0)}") from error
         size = self._MESSAGE.unpack(bytes(message))[3]
-        answer = cbor2.loads(response.raw[:size])
-        document = answer.get("Attestation", {}).get("document") if isinstance(answer, dict) else None
+        try:
+            answer = cbor2.loads(response.raw[:size])
+        except (cbor2.CBORDecodeError, ValueError, TypeError, OverflowError, RecursionError) as error:
+            raise EvidenceUnavailable(f"{self._device}: the module's answer cannot be read") from error
+        inner = answer.get("Attestation") if isinstance(answer, dict) else None
+        document = inner.get("document") if isinstance(inner, dict) else None
         if not isinstance(document, bytes):
             raise EvidenceUnavailable(f"{self._device}: the module answers {str(answer)[:80]}")
         return Evidence(Kind.NITRO, document)
