@@ -33,21 +33,24 @@ def flipped(number: int, at: int = 10) -> Change:
     """Return what flips one bit of one frame."""
 
     def change(frames: list[bytes]) -> list[bytes]:
-        altered = bytearray(frames[number])
+        place = number % len(frames)
+        altered = bytearray(frames[place])
         altered[at] ^= 4
-        return (
-            [*frames[:number], bytes(altered), *frames[number + 1 :]] if number >= 0 else [*frames[:-1], bytes(altered)]
-        )
+        return [*frames[:place], bytes(altered), *frames[place + 1 :]]
 
     return change
 
 
 @dataclass
 class Middle:
-    """Middleware that sees everything that goes over the wire, and changes the frames of encrypted bodies."""
+    """Middleware that sees everything that goes over the wire, and changes the frames of encrypted bodies.
+
+    ``flipped_header`` names one, of the request or of the response, in which one bit is changed.
+    """
 
     change_request: Change = lambda frames: frames
     change_response: Change = lambda frames: frames
+    flipped_header: str = ""
     requests: list[tuple[dict[str, str], bytes]] = field(default_factory=list)
     responses: list[bytes] = field(default_factory=list)
 
@@ -66,9 +69,14 @@ class Middle:
                     return {"type": "http.request", "body": changed.pop(), "more_body": False}
                 return await receive()
 
-            await app(scope, give, self._answering(send))
+            await app({**scope, "headers": self._flipped(scope["headers"])}, give, self._answering(send))
 
         return handle
+
+    def _flipped(self, headers: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+        """Change one hex digit of a header: 0 and 1 are one bit apart."""
+        flip = self.flipped_header.encode()
+        return [(name, (b"0" if v[:1] != b"0" else b"1") + v[1:] if name == flip else v) for name, v in headers]
 
     def _answering(self, send: Send) -> Send:
         kept: list[bytes] = []
@@ -77,6 +85,7 @@ class Middle:
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
                 sealed.append(any(name == b"ehbp-response-nonce" for name, _ in message["headers"]))
+                message = {**message, "headers": self._flipped(message["headers"])}
             elif sealed[0]:
                 kept.append(message.get("body", b""))
                 if message.get("more_body", False):

@@ -12,7 +12,7 @@ import httpx
 import pytest
 from starlette.types import ASGIApp
 
-from confidential.served import Middle, flipped, served
+from confidential.served import Change, Middle, flipped, frames_of, served
 from pilotlight.api.encrypted_bodies import EncryptedBodies
 from pilotlight.artifact import Artifact
 from pilotlight.confidential.ehbp import ENCAPSULATED_KEY, ServerKey
@@ -73,20 +73,81 @@ def test_it_streams(run: Run, toy_artifact: Artifact, tmp_path: Path) -> None:
     assert found["text"].encode() not in middle.responses[0]
 
 
-@pytest.mark.parametrize("number", [0, -1])
+LENGTH, TEXT, TAG = 3, 10, -1
+"""Places in a frame: the last byte of its length, a byte of its text, and the last one of its tag."""
+
+
+@pytest.mark.parametrize("at", [LENGTH, TEXT, TAG], ids=["length", "text", "tag"])
+@pytest.mark.parametrize("number", [0, -1], ids=["first", "last"])
 def test_a_flipped_bit_of_the_request_is_a_clients_error(
-    run: Run, toy_artifact: Artifact, tmp_path: Path, number: int
+    run: Run, toy_artifact: Artifact, tmp_path: Path, number: int, at: int
 ) -> None:
-    with served(toy_artifact, tmp_path, [encrypted], Middle(change_request=flipped(number)).around) as url:
+    with served(toy_artifact, tmp_path, [encrypted], Middle(change_request=flipped(number, at)).around) as url:
         assert "error" in run(url)
 
 
-@pytest.mark.parametrize("number", [0, 1, 3, -1])
-def test_a_flipped_bit_of_the_response_is_a_clients_error(
-    run: Run, toy_artifact: Artifact, tmp_path: Path, number: int
-) -> None:
+def middle_frame(at: int) -> Change:
+    return lambda frames: flipped(len(frames) // 2, at)(frames)
+
+
+RESPONSE_CHANGES: dict[str, Change] = {
+    "the first frame": flipped(0, TEXT),
+    "the first frame's tag": flipped(0, TAG),
+    "a frame in the middle": middle_frame(TEXT),
+    "the last frame of the answer": flipped(-2, TEXT),
+    "the end mark": flipped(-1, TEXT),
+    "frames in another order": lambda frames: [frames[1], frames[0], *frames[2:]],
+    "a frame left out": lambda frames: [frames[0], *frames[2:]],
+}
+
+
+@pytest.mark.parametrize("name", RESPONSE_CHANGES)
+def test_an_altered_response_is_a_clients_error(run: Run, toy_artifact: Artifact, tmp_path: Path, name: str) -> None:
     """The last frame is our end mark: a client that does not know it refuses it all the same when it is altered."""
-    with served(toy_artifact, tmp_path, [encrypted], Middle(change_response=flipped(number)).around) as url:
+    change = RESPONSE_CHANGES[name]
+    with served(toy_artifact, tmp_path, [encrypted], Middle(change_response=change).around) as url:
+        assert "error" in run(url)
+
+
+CUT: dict[str, Change] = {
+    "the first frame's length": flipped(0, LENGTH),
+    "the first frame's length, far beyond the end": flipped(0, 0),
+    "the length of what says why it ends": flipped(-3, 0),
+    "a frame that is cut": lambda frames: [*frames[:3], frames[3][:-1]],
+}
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_an_answer_that_is_cut_is_an_error_or_has_no_end(
+    run: Run, toy_artifact: Artifact, tmp_path: Path, name: str
+) -> None:
+    """npm's client drops a frame that never becomes complete, and says nothing: what is missing then is the end."""
+    with served(toy_artifact, tmp_path, [encrypted], Middle(change_response=CUT[name]).around) as url:
+        found = run(url)
+    assert "error" in found or not found["finish_reason"]
+
+
+@pytest.mark.soak
+def test_a_flipped_bit_in_any_frame_of_a_response_is_noticed(run: Run, toy_artifact: Artifact, tmp_path: Path) -> None:
+    middle = Middle()
+    with served(toy_artifact, tmp_path, [encrypted], middle.around) as url:
+        whole = run(url)
+        num_frames = len(frames_of(middle.responses[0]))
+        assert num_frames > 12
+        for number in range(num_frames):
+            for at in (LENGTH, TEXT, TAG):
+                middle.change_response = flipped(number, at)
+                found = run(url)
+                cut = at == LENGTH and not found.get("finish_reason")
+                is_whole = number >= num_frames - 2 and found.get("num_parts") == whole["num_parts"]
+                assert "error" in found or cut or (at == LENGTH and is_whole), (number, at)
+
+
+@pytest.mark.parametrize("header", ["ehbp-encapsulated-key", "ehbp-response-nonce"])
+def test_a_flipped_bit_of_a_header_is_a_clients_error(
+    run: Run, toy_artifact: Artifact, tmp_path: Path, header: str
+) -> None:
+    with served(toy_artifact, tmp_path, [encrypted], Middle(flipped_header=header).around) as url:
         assert "error" in run(url)
 
 

@@ -13,9 +13,11 @@ async function main(url) {
   const client = new OpenAI({ baseURL: `${url}/v1`, apiKey: "none", maxRetries: 0, fetch });
   const messages = [{ role: "user", content: "What is 47 plus 38?" }];
   const stream = await client.chat.completions.create({ model: "toy", messages, max_tokens: 12, stream: true });
-  const parts = [];
-  for await (const chunk of stream) if (chunk.choices.length) parts.push(chunk.choices[0].delta.content ?? "");
-  return { text: parts.join(""), num_parts: String(parts.length) };
+  const choices = [];
+  for await (const chunk of stream) if (chunk.choices.length) choices.push(chunk.choices[0]);
+  const text = choices.map((choice) => choice.delta.content ?? "").join("");
+  const finish_reason = choices.map((choice) => choice.finish_reason ?? "").join("");
+  return { text, num_parts: String(choices.length), finish_reason };
 }
 
 main(process.argv[2])

@@ -15,8 +15,10 @@ def main(url: str) -> dict[str, str]:
         client = OpenAI(base_url=f"{url}/v1", api_key="none", http_client=http, max_retries=0)
         messages = [{"role": "user", "content": "What is 47 plus 38?"}]
         stream = client.chat.completions.create(model="toy", messages=messages, max_tokens=12, stream=True)
-        parts = [chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices]
-    return {"text": "".join(parts), "num_parts": str(len(parts))}
+        choices = [chunk.choices[0] for chunk in stream if chunk.choices]
+    text = "".join(choice.delta.content or "" for choice in choices)
+    reasons = [choice.finish_reason for choice in choices if choice.finish_reason]
+    return {"text": text, "num_parts": str(len(choices)), "finish_reason": "".join(reasons)}
 
 
 if __name__ == "__main__":
