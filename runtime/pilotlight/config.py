@@ -118,7 +118,7 @@ class ConfidentialSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=Tr
     ``tls_certificate`` that of what terminates TLS before this server. With ``require_tee`` nothing starts unless the
     label is ``hardware``. ``encrypted_prompts`` says whether requests with encrypted bodies are taken beside others, or
     no others. With ``receipts`` there is one of each invocation at ``/v1/receipts/{request_id}``, signed with
-    ``host.signing_key``.
+    ``host.signing_key``. They are kept in memory unless ``receipts_dir`` names a directory.
     """
 
     evidence: Literal["none", "hardware", "simulator"] = "none"
@@ -129,6 +129,7 @@ class ConfidentialSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=Tr
     tls_certificate: str = ""
     encrypted_prompts: Literal["off", "accepted", "required"] = "off"
     receipts: bool = False
+    receipts_dir: str = ""
 
 
 NOT_CONFIDENTIAL = ConfidentialSettings()

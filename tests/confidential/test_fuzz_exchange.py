@@ -200,7 +200,7 @@ def _revocations() -> tuple[Parse, bytes]:
     return parse, root.revoke()
 
 
-def _record() -> UsageRecord:
+def a_record() -> UsageRecord:
     admission = Admission(
         request_id="req-1",
         function="demo",
@@ -244,7 +244,7 @@ def _attestation() -> tuple[Parse, bytes]:
 def _receipt() -> tuple[Parse, bytes]:
     simulator = Simulator.create()
     attester = _attester(simulator)
-    issuer = Issuer(Signer(KEY), lambda _: _record(), attester, attester.roots)
+    issuer = Issuer(Signer(KEY), lambda _: a_record(), attester, attester.roots)
 
     async def make() -> bytes:
         await issuer.ended("req-1", Exchange.of(b"question"))

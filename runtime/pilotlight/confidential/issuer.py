@@ -1,13 +1,14 @@
 """Issues the receipts of one server, and keeps the last ones in memory.
 
-They are not written to a disk: the hash of a short prompt tells the prompt to whoever can guess. Whoever wants a
-receipt fetches it when the answer has ended.
+They are not written to a disk unless a directory is named for them: the hash of a short prompt tells the prompt to
+whoever can guess. Whoever wants a receipt fetches it when the answer has ended, as the proxy does.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import os
 from collections import OrderedDict
 from collections.abc import Callable
@@ -19,6 +20,7 @@ import msgspec
 from pilotlight.confidential.appraisal import Roots, from_wire
 from pilotlight.confidential.attested import appraise_attestation
 from pilotlight.confidential.attester import ANYTHING
+from pilotlight.confidential.receipt_files import ReceiptFiles
 from pilotlight.confidential.receipts import Exchange, Standing, issue, measurements_of
 from pilotlight.errors import RequestNotFound
 from pilotlight.metering.record import UsageRecord
@@ -26,6 +28,8 @@ from pilotlight.metering.signing import Signer
 from pilotlight.tee import Attestation
 
 MAX_KEPT = 10_000
+
+logger = logging.getLogger("pilotlight.receipts")
 
 
 class Attester(Protocol):
@@ -44,12 +48,14 @@ class Issuer:
         attester: Attester | None,
         roots: Roots,
         max_kept: int = MAX_KEPT,
+        files: ReceiptFiles | None = None,
     ) -> None:
         self._signer = signer
         self._find_record = find_record
         self._attester = attester
         self._roots = roots
         self._max_kept = max_kept
+        self._files = files
         self._numbers = itertools.count(1)
         self._kept: OrderedDict[str, bytes | Exchange] = OrderedDict()
         self._standings: dict[str, Standing] = {}
@@ -65,11 +71,14 @@ class Issuer:
         Raises:
             RequestNotFound: there is none, it is kept no longer, or the caller may not see it.
         """
-        kept = self._kept.get(request_id)
+        kept = self._kept.get(request_id) or await self._written(request_id)
         record = await asyncio.to_thread(self._find_record, request_id)
         if kept is None or record is None or not may_see(record.key_id):
             raise RequestNotFound(f"there is no receipt of a request {request_id!r}, or it is kept no longer")
         return kept if isinstance(kept, bytes) else await self._issue(request_id, kept) or b""
+
+    async def _written(self, request_id: str) -> bytes | None:
+        return None if self._files is None else await asyncio.to_thread(self._files.read, request_id)
 
     async def _issue(self, request_id: str, exchange: Exchange) -> bytes | None:
         receipt = await asyncio.to_thread(self._make, request_id, exchange)
@@ -81,7 +90,14 @@ class Issuer:
         record = self._find_record(request_id)
         if record is None:
             return None
-        return issue(record, exchange, self._signer, self._standing(record.artifact_digest), next(self._numbers))
+        standing = self._standing(record.artifact_digest)
+        receipt = issue(record, exchange, self._signer, standing, next(self._numbers))
+        if self._files is not None:
+            try:
+                self._files.write(request_id, receipt)
+            except OSError as error:  # the answer is worth more than its receipt, which is still in memory
+                logger.warning("the receipt of %s cannot be written (%s)", request_id, error.strerror)
+        return receipt
 
     def _standing(self, artifact_digest: str) -> Standing | None:
         """Return the evidence for one artifact, made once: hardware takes its time for each."""

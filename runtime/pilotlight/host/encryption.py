@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from starlette.types import ASGIApp
@@ -64,7 +65,7 @@ def open_receipts(
     """Return the middleware that makes receipts, where they are wanted.
 
     Raises:
-        ConfigError: there is no key to sign them with, or the extra is not installed.
+        ConfigError: there is no key to sign them with, nowhere to write them, or the extra is not installed.
     """
     if not settings.confidential.receipts:
         return None
@@ -76,5 +77,9 @@ def open_receipts(
     from pilotlight.api.receipts import Receipts
     from pilotlight.confidential.issuer import Issuer
     from pilotlight.confidential.pins import VENDORS
+    from pilotlight.confidential.receipt_files import ReceiptFiles
 
-    return partial(Receipts, issuer=Issuer(signer, ledger.get, attester, getattr(attester, "roots", VENDORS)))
+    directory = settings.confidential.receipts_dir
+    files = ReceiptFiles(Path(directory).expanduser()) if directory else None
+    issuer = Issuer(signer, ledger.get, attester, getattr(attester, "roots", VENDORS), files=files)
+    return partial(Receipts, issuer=issuer)
