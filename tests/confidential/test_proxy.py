@@ -81,6 +81,8 @@ class Tampering:
     request: Change = lambda frames: frames
     response: Change = lambda frames: frames
     json: dict[str, Callable[[dict[str, Any]], None]] = field(default_factory=dict)
+    flipped_header: str = ""
+    claimed_label: str = "simulated"
     simulator: Simulator | None = None
     artifact_digest: bytes | None = None
 
@@ -103,12 +105,17 @@ async def stand(
         return Receipts(app, issuer)
 
     running = serving(
-        artifact, directory, middleware=[encrypted, with_receipts], attester=attester, tee=TeeLabel.SIMULATED
+        artifact,
+        directory,
+        middleware=[encrypted, with_receipts],
+        attester=attester,
+        tee=TeeLabel.SIMULATED,
     )
     async with running as served:
         ledgers.append(served.ledger)
-        middle = Middle(tampering.request, tampering.response)
-        transport = httpx.ASGITransport(_changing(middle.around(served.app), tampering.json))
+        middle = Middle(tampering.request, tampering.response, tampering.flipped_header)
+        app = _labelled(middle.around(served.app), tampering.claimed_label)
+        transport = httpx.ASGITransport(_changing(app, tampering.json))
 
         def make_client(url: httpx.URL, proven: object) -> httpx.AsyncClient:
             return httpx.AsyncClient(transport=transport, base_url=url)
@@ -117,6 +124,21 @@ async def stand(
         through = httpx.ASGITransport(proxy.app())
         async with httpx.AsyncClient(transport=through, base_url="http://proxy") as client:
             yield Stand(served, proxy, client, middle, key, directory / "receipts", tampering)
+
+
+def _labelled(app: ASGIApp, label: str) -> ASGIApp:
+    """Return an app whose header of the label says this."""
+
+    async def handle(scope: Scope, receive: Receive, send: Send) -> None:
+        async def changed(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                others = [(name, value) for name, value in message["headers"] if name != b"x-pilotlight-tee"]
+                message = {**message, "headers": [*others, (b"x-pilotlight-tee", label.encode())]}
+            await send(message)
+
+        await app(scope, receive, changed)
+
+    return handle
 
 
 def _changing(app: ASGIApp, changes: dict[str, Callable[[dict[str, Any]], None]]) -> ASGIApp:
@@ -207,6 +229,25 @@ def _flip_evidence(content: dict[str, Any]) -> None:
     content["evidence"]["body"] = base64.b64encode(body).decode()
 
 
+def _add_device(content: dict[str, Any]) -> None:
+    content["evidence"]["devices"] = [dict(content["evidence"])]
+
+
+def _flip_text(name: str, at: int) -> Callable[[dict[str, Any]], None]:
+    def change(content: dict[str, Any]) -> None:
+        text = content[name]
+        content[name] = text[:at] + ("A" if text[at] != "A" else "B") + text[at + 1 :]
+
+    return change
+
+
+def _relabel(content: dict[str, Any]) -> None:
+    """Write another label into what is signed, and leave the signature as it was."""
+    head, payload, signature = content["profile"].split(".")
+    text = base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)).replace(b'"simulated"', b'"hardware"')
+    content["profile"] = f"{head}.{base64.urlsafe_b64encode(text).rstrip(b'=').decode()}.{signature}"
+
+
 STOPPED: dict[str, tuple[Tampering, dict[str, Any]]] = {
     "a foreign HPKE key": (Tampering(json={"/attestation": _set("bindings.hpke_key", "11" * 32)}), {}),
     "a foreign receipt key": (Tampering(json={"/attestation": _set("bindings.receipt_key", "11" * 32)}), {}),
@@ -228,6 +269,21 @@ STOPPED: dict[str, tuple[Tampering, dict[str, Any]]] = {
     "an empty answer": (Tampering(response=lambda _: []), {}),
     "an answer that is cut within a frame": (Tampering(response=lambda frames: [*frames[:-1], frames[-1][:-1]]), {}),
     "something behind the end": (Tampering(response=lambda frames: [*frames, frames[-1]]), {}),
+    "frames of the answer in another order": (
+        Tampering(response=lambda frames: [*frames[1:-1], frames[0], frames[-1]] if len(frames) > 2 else frames[::-1]),
+        {},
+    ),
+    "a frame of the answer twice": (Tampering(response=lambda frames: [frames[0], *frames]), {}),
+    "another encapsulated key": (Tampering(flipped_header="ehbp-encapsulated-key"), {}),
+    "another nonce of the answer": (Tampering(flipped_header="ehbp-response-nonce"), {}),
+    "another name of the request": (Tampering(flipped_header="x-request-id"), {}),
+    "a foreign TLS key": (Tampering(json={"/attestation": _set("bindings.tls_key_hash", "11" * 32)}), {}),
+    "evidence of another kind": (Tampering(json={"/attestation": _set("evidence.kind", "sev-snp")}), {}),
+    "evidence without its chain": (Tampering(json={"/attestation": _set("evidence.certificates", "")}), {}),
+    "evidence with a device": (Tampering(json={"/attestation": _add_device}), {}),
+    "a receipt with another AIR": (Tampering(json={"/v1/receipts/": _flip_text("air", 200)}), {}),
+    "a receipt with other evidence": (Tampering(json={"/v1/receipts/": _flip_text("attestation", 100)}), {}),
+    "a receipt with another label": (Tampering(json={"/v1/receipts/": _relabel}), {}),
     "an altered receipt": (Tampering(json={"/v1/receipts/": _set("profile", "a.b.c")}), {}),
     "a receipt without its AIR": (Tampering(json={"/v1/receipts/": _set("air", None)}), {}),
     "a receipt without its evidence": (Tampering(json={"/v1/receipts/": _set("attestation", None)}), {}),
@@ -257,6 +313,56 @@ def test_nothing_is_sent_to_a_server_that_does_not_prove_itself(run: Run) -> Non
         assert there.middle.requests == []
 
     run(scenario, Tampering(json={"/attestation": _flip_evidence}))
+
+
+def _replaying(kept: list[dict[str, Any]]) -> Callable[[dict[str, Any]], None]:
+    """Return what answers with the first answer again."""
+
+    def change(content: dict[str, Any]) -> None:
+        kept.append(json.loads(json.dumps(content)))
+        content.clear()
+        content.update(kept[0])
+
+    return change
+
+
+def test_evidence_for_an_earlier_nonce_is_refused(run: Run) -> None:
+    kept: list[dict[str, Any]] = []
+
+    async def scenario(there: Stand) -> None:
+        now = [0.0]
+        there.proxy._clock = lambda: now[0]
+        assert (await there.ask()).status_code == 200
+        now[0] = PROVE_AGAIN_AFTER_S
+        answer = await there.ask()
+        assert answer.status_code == 502
+        assert "nonce" in answer.json()["error"]["message"]
+        assert len(kept) == 2
+        assert len(there.middle.requests) == 1
+
+    run(scenario, Tampering(json={"/attestation": _replaying(kept)}))
+
+
+def test_the_receipt_of_an_earlier_request_is_refused(run: Run) -> None:
+    async def scenario(there: Stand) -> None:
+        assert (await there.ask()).status_code == 200
+        answer = await there.ask()
+        assert answer.status_code == 502
+        assert "receipt" in answer.json()["error"]["message"]
+        assert len(list(there.receipts_dir.iterdir())) == 1
+
+    run(scenario, Tampering(json={"/v1/receipts/": _replaying([])}))
+
+
+def test_the_label_that_a_client_sees_is_what_the_evidence_was_worth(run: Run) -> None:
+    """The server's own header goes in clear, and anybody can write `hardware` into it."""
+
+    async def scenario(there: Stand) -> None:
+        answer = await there.ask()
+        assert answer.status_code == 200
+        assert answer.headers.get_list("x-pilotlight-tee") == ["simulated"]
+
+    run(scenario, Tampering(claimed_label="hardware"))
 
 
 def test_one_receipt_does_not_stand_for_another(run: Run, simulator: Simulator, tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ What the network sees: path, headers and API key (under TLS, if the URL is https
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
@@ -34,20 +33,21 @@ from pilotlight.confidential.ehbp import (
     ResponseCipher,
     Sent,
 )
+from pilotlight.confidential.receipt_files import NAME, ReceiptFiles
 from pilotlight.confidential.receipts import Exchange, verify_receipt
 from pilotlight.confidential.remote import Proven, RemotePolicy, RemoteRefused, fresh_nonce, prove
-from pilotlight.errors import PilotlightError
+from pilotlight.errors import ConfigError, PilotlightError
+from pilotlight.tee import TEE_HEADER
 
 TIMEOUT = httpx.Timeout(30.0, read=600.0)
 MAX_BODY_BYTES = 64 * 1024 * 1024
 MAX_ATTESTATION_BYTES = 8 * 1024 * 1024
 FRAME_BYTES = 64 * 1024
 SENT_HEADERS = ("authorization", "x-api-key", "content-type", "accept", "x-request-id", "anthropic-version")
-KEPT_HEADERS = ("content-type", "x-request-id", "request-id", "x-pilotlight-tee", "retry-after", "x-should-retry")
+KEPT_HEADERS = ("content-type", "x-request-id", "request-id", "retry-after", "x-should-retry")
 EVENT_STREAM = "text/event-stream"
 PROVE_AGAIN_AFTER_S = 300.0
 """A server may exchange a function's artifact; it has to say so before long."""
-REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
 class _Named(msgspec.Struct):
@@ -75,10 +75,11 @@ class Proxy:
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """Raises ConfigError where the URL is none, or receipts cannot be written where they are to be kept."""
         self._clock = clock
-        self._url = httpx.URL(url.rstrip("/"))
+        self._url = _remote_url(url)
         self._policy = policy
-        self._receipts_dir = receipts_dir
+        self._receipts = None if receipts_dir is None else ReceiptFiles(receipts_dir)
         self._make_client = make_client or client_for
         self._now = now
         self._remotes: dict[str | None, Remote] = {}
@@ -97,7 +98,10 @@ class Proxy:
         Raises:
             PilotlightError: it does not, or cannot be reached.
         """
-        return (await self._remote(model)).proven
+        try:
+            return (await self._remote(model)).proven
+        except httpx.HTTPError as error:
+            raise RemoteRefused(f"the remote cannot be reached ({type(error).__name__})") from error
 
     async def close(self) -> None:
         for remote in self._remotes.values():
@@ -132,7 +136,7 @@ class Proxy:
         answer = await remote.client.send(outgoing, stream=True)
         if RESPONSE_NONCE in answer.headers:
             cipher = sent.response(answer.headers[RESPONSE_NONCE])
-            check = None if self._receipts_dir is None else self._check_receipt
+            check = None if self._receipts is None else self._check_receipt
             return _Answer(answer, cipher, body, remote, check)
         await answer.aclose()
         if answer.status_code == httpx.codes.UNPROCESSABLE_ENTITY:
@@ -143,7 +147,7 @@ class Proxy:
         self, remote: Remote, request_id: str, exchange: Exchange, headers: Mapping[str, str]
     ) -> None:
         """Fetch the receipt of an answer, hold it against what was sent and received, and keep it."""
-        if not REQUEST_ID.fullmatch(request_id):
+        if not NAME.fullmatch(request_id):
             raise RemoteRefused("the remote names no request")
         answer = await remote.client.get(self._at(f"/v1/receipts/{request_id}"), headers=headers)
         if answer.status_code != httpx.codes.OK:
@@ -151,8 +155,11 @@ class Proxy:
         verified = verify_receipt(answer.content, remote.proven.receipt_key, exchange)
         if verified.artifact_digest != remote.proven.artifact_digest or verified.request_id != request_id:
             raise RemoteRefused("the receipt is of another artifact or request")
-        assert self._receipts_dir is not None
-        _write(self._receipts_dir / f"{request_id}.json", answer.content)
+        assert self._receipts is not None
+        try:
+            self._receipts.write(request_id, answer.content)
+        except OSError as error:
+            raise ReceiptNotKept(f"the receipt cannot be kept ({error.strerror})") from error
 
     async def _any_remote(self) -> Remote:
         return next(iter(self._remotes.values()), None) or await self._remote(None)
@@ -204,6 +211,12 @@ class InClear(PilotlightError):
         self.headers = dict(headers)
 
 
+class ReceiptNotKept(PilotlightError):
+    """An answer came whole, and its receipt cannot be written. Where receipts are demanded, it is not given."""
+
+    code = "receipt_not_kept"
+
+
 class _KeyChanged:
     """The remote could not open the request: it has another key by now."""
 
@@ -229,7 +242,9 @@ class _Answer:
         self._check_receipt = check_receipt
 
     async def response(self) -> Response:
-        headers = _chosen(self._answer.headers, KEPT_HEADERS)
+        # The remote's own word for its label goes in clear: what is said here is what its evidence was worth to us.
+        label = {TEE_HEADER: str(self._remote.proven.appraisal.label)}
+        headers = _chosen(self._answer.headers, KEPT_HEADERS) | label
         if headers.get("content-type", "").startswith(EVENT_STREAM):
             return StreamingResponse(self._events(), self._answer.status_code, headers)
         return Response(b"".join([text async for text in self._texts()]), self._answer.status_code, headers)
@@ -336,6 +351,11 @@ def _chosen(headers: Mapping[str, str], names: tuple[str, ...]) -> dict[str, str
     return {name: headers[name] for name in names if name in headers}
 
 
-def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    path.write_bytes(content)
+def _remote_url(text: str) -> httpx.URL:
+    try:
+        url = httpx.URL(text.rstrip("/"))
+    except httpx.InvalidURL as error:
+        raise ConfigError(f"{text}: is no URL ({error})") from error
+    if url.scheme not in ("http", "https") or not url.host:
+        raise ConfigError(f"{text}: expected http:// or https:// and a host")
+    return url
