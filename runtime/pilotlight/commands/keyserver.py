@@ -26,8 +26,13 @@ def keyserver(
     require_extra()
     from pilotlight.confidential.keyserver import KeyServer
     from pilotlight.confidential.keyserver_policy import KeyPolicy
+    from pilotlight.errors import ConfigError
     from pilotlight.host.serving import serve_app
 
+    if not keys_dir.is_dir():
+        raise ConfigError(f"{keys_dir}: is not a directory; `pilotlight seal --keys` makes it")
+    if tls_certificate is None and tls_key is not None:
+        raise click.UsageError("--tls-key needs --tls-certificate")
     server = KeyServer(KeyPolicy.read(policy), keys_dir, log=lambda line: click.echo(line, err=True))
     tls = None if tls_certificate is None else (tls_certificate, tls_key)
     serve_app(server.app(), address, port, lambda url: click.echo(f"key server {url}"), tls)

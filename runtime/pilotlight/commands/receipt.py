@@ -45,13 +45,13 @@ def verify(
 
     exchange = None
     if request is not None and response is not None:
-        exchange = Exchange.of(request.read_bytes())
-        exchange.received(response.read_bytes())
+        exchange = Exchange.of(_content(request))
+        exchange.received(_content(response))
     if policy is not None:
-        profile, _ = verify_by_evidence(file.read_bytes(), RemotePolicy.read(policy), exchange)
+        profile, _ = verify_by_evidence(_content(file), RemotePolicy.read(policy), exchange)
     else:
         assert public_key is not None
-        profile = verify_receipt(file.read_bytes(), read_verifying_key(public_key), exchange)
+        profile = verify_receipt(_content(file), read_verifying_key(public_key), exchange)
     if as_json:
         click.echo(msgspec.json.encode(profile).decode())
         return
@@ -67,3 +67,12 @@ def verify(
         ("response sha256", profile.response_sha256),
     ]
     click.echo("\n".join(f"{name:<16} {text}" for name, text in lines))
+
+
+def _content(path: Path) -> bytes:
+    from pilotlight.errors import ConfigError
+
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error

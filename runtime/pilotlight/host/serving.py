@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +25,9 @@ def serve_app(app: ASGIApp, address: str, port: int, on_ready: Callable[[str], N
     try:
         listener = socket.create_server((address, port), family=family)
     except OSError as error:
-        raise ConfigError(f"cannot listen on {address}:{port}: {error.strerror}") from error
+        # create_server says twice in its own text where it tried to listen; a name that is none has no such number.
+        why = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
+        raise ConfigError(f"cannot listen on {address}:{port}: {why}") from error
     with listener:
         config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", server_header=False)
         if tls is not None:
