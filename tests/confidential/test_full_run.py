@@ -194,6 +194,28 @@ def test_a_tampered_manifest_stops_the_start(site: Site) -> None:
     assert "was altered, or signed by another publisher" in refusal(site)
 
 
+def test_a_tampered_signature_stops_the_start(site: Site) -> None:
+    _flip(site.directory / "sealed" / "sealed.json.sig", 10)
+    assert "was altered, or signed by another publisher" in refusal(site)
+
+
+def test_another_publisher_stops_the_start(site: Site) -> None:
+    make_signing_key(site.directory / "somebody")
+    shutil.copy(site.directory / "somebody.pub", site.directory / "publisher.pub")
+    assert "was altered, or signed by another publisher" in refusal(site)
+
+
+def test_a_missing_chunk_stops_the_start(site: Site) -> None:
+    path = site.directory / "sealed" / "tokenizer.json.sealed"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert "tokenizer.json.sealed" in refusal(site)
+
+
+def test_an_artifact_that_the_key_is_not_for_stops_the_start(site: Site) -> None:
+    site.write_policies(Simulator.open(site.directory / "simulator.pem"), digest=f"sha256:{'0' * 64}")
+    assert "the artifact is sha256:" in refusal(site)
+
+
 def test_another_key_stops_the_start(site: Site) -> None:
     _flip(site.directory / "keys" / "default" / "key" / "demo")
     assert "is sealed with another key" in refusal(site)
@@ -211,4 +233,4 @@ def test_a_machine_that_the_clients_policy_does_not_know_gets_no_prompt(site: Si
         site.write_policies(Simulator.create())
         with site.proxy(url) as own, pytest.raises(openai.APIStatusError, match="unknown_root"):
             ask(own)
-    assert not (site.directory / "kept").exists()
+    assert not list((site.directory / "kept").iterdir())

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import hashlib
 import json
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,6 +64,7 @@ class Wire:
 
     server: KeyServer
     change: Callable[[httpx.Request], httpx.Request] = lambda request: request
+    change_answer: Callable[[str, dict[str, Any]], None] = lambda path, answer: None
     seen: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
 
     def client(self) -> httpx.Client:
@@ -70,8 +73,11 @@ class Wire:
         def handle(request: httpx.Request) -> httpx.Response:
             changed = self.change(request)
             answer = asyncio.run(_through(app, changed))
-            self.seen.append((changed.url.path, json.loads(answer.content) if b"{" in answer.content[:1] else {}))
-            return answer
+            content = json.loads(answer.content) if b"{" in answer.content[:1] else {}
+            self.seen.append((changed.url.path, content))
+            self.change_answer(changed.url.path, content)
+            headers = [(name, value) for name, value in answer.headers.multi_items() if name != "content-length"]
+            return httpx.Response(answer.status_code, headers=headers, content=json.dumps(content))
 
         return httpx.Client(transport=httpx.MockTransport(handle))
 
@@ -117,7 +123,10 @@ def test_a_key_comes_for_evidence_that_the_policy_accepts(simulator: Simulator, 
 
 
 def _part(token: str, number: int) -> bytes:
-    part = token.split(".")[number]
+    return _decoded(token.split(".")[number])
+
+
+def _decoded(part: str) -> bytes:
     return base64.urlsafe_b64decode(part + "=" * (-len(part) % 4))
 
 
@@ -187,6 +196,64 @@ def test_the_key_goes_to_the_key_in_the_evidence_only(simulator: Simulator, keys
         return httpx.Request("POST", request.url, json=body, headers={"cookie": request.headers["cookie"]})
 
     assert "nonce" in refusal(Wire(KeyServer(policy(simulator), keys_dir), swap), simulator)
+
+
+def _flipped(text: str, at: int = 3) -> str:
+    return text[:at] + ("A" if text[at] != "A" else "B") + text[at + 1 :]
+
+
+@pytest.mark.parametrize("part", ["protected", "encrypted_key", "iv", "ciphertext", "tag"])
+def test_an_altered_part_of_the_encrypted_key_is_refused(simulator: Simulator, keys_dir: Path, part: str) -> None:
+    def alter(path: str, answer: dict[str, Any]) -> None:
+        if "/resource/" in path:
+            answer[part] = _flipped(answer[part])
+
+    wire = Wire(KeyServer(policy(simulator), keys_dir), change_answer=alter)
+    assert "not encrypted for us" in refusal(wire, simulator)
+
+
+@pytest.mark.parametrize("part", ["protected", "encrypted_key", "iv", "ciphertext", "tag"])
+def test_a_missing_part_of_the_encrypted_key_is_refused(simulator: Simulator, keys_dir: Path, part: str) -> None:
+    def leave_out(path: str, answer: dict[str, Any]) -> None:
+        answer.pop(part, None)
+
+    wire = Wire(KeyServer(policy(simulator), keys_dir), change_answer=leave_out)
+    assert "not encrypted for us" in refusal(wire, simulator)
+
+
+def test_the_key_of_another_exchange_is_refused(simulator: Simulator, keys_dir: Path) -> None:
+    """The server's answer to somebody else is encrypted for somebody else's key."""
+    kept: list[dict[str, Any]] = []
+
+    def replay(path: str, answer: dict[str, Any]) -> None:
+        if "/resource/" in path:
+            kept.append(dict(answer))
+            answer.update(kept[0])
+
+    wire = Wire(KeyServer(policy(simulator), keys_dir), change_answer=replay)
+    assert broker(wire, simulator).resource(RESOURCE, ARTIFACT) == KEY
+    assert "not encrypted for us" in refusal(wire, simulator)
+
+
+def test_another_nonce_than_the_sessions_gets_nothing(simulator: Simulator, keys_dir: Path) -> None:
+    def swap(path: str, answer: dict[str, Any]) -> None:
+        if path.endswith("/auth"):
+            answer["nonce"] = _flipped(answer["nonce"])
+
+    wire = Wire(KeyServer(policy(simulator), keys_dir), change_answer=swap)
+    assert "the nonce is not this session's" in refusal(wire, simulator)
+
+
+def test_who_does_not_want_to_know_the_artifact_is_not_told(simulator: Simulator, keys_dir: Path) -> None:
+    """Without our word in `extra-params` the hash is that of upstream: additional evidence is the empty text."""
+
+    def forget(path: str, answer: dict[str, Any]) -> None:
+        answer.get("extra-params", {}).pop("pilotlight-claims", None)
+
+    any_artifact = Wire(KeyServer(policy(simulator), keys_dir), change_answer=forget)
+    assert broker(any_artifact, simulator).resource(RESOURCE, ARTIFACT) == KEY
+    one = policy(simulator, artifacts=frozenset({ARTIFACT}))
+    assert "the artifact is not named" in refusal(Wire(KeyServer(one, keys_dir), change_answer=forget), simulator)
 
 
 def test_the_claimed_artifact_is_bound_to_the_evidence(simulator: Simulator, keys_dir: Path) -> None:
@@ -282,6 +349,85 @@ def test_a_policy_file_is_read(tmp_path: Path) -> None:
         file.write_text(text)
         with pytest.raises(ConfigError, match="is not a policy"):
             KeyPolicy.read(file)
+
+
+def test_each_message_is_that_of_the_protocol(simulator: Simulator, keys_dir: Path) -> None:
+    """Trustee's protocol 0.4.0, member by member, as a server that is not ours would check it."""
+    asked: list[httpx.Request] = []
+
+    def note(request: httpx.Request) -> httpx.Request:
+        asked.append(request)
+        return request
+
+    wire = Wire(KeyServer(policy(simulator), keys_dir), note)
+    broker(wire, simulator).resource(RESOURCE, ARTIFACT)
+    auth, attest, resource = asked
+    assert [(request.method, request.url.path) for request in asked] == [
+        ("POST", "/kbs/v0/auth"),
+        ("POST", "/kbs/v0/attest"),
+        ("GET", f"/kbs/v0/resource/{RESOURCE}"),
+    ]
+    assert json.loads(auth.content) == {
+        "version": "0.4.0",
+        "tee": "sample",
+        "extra-params": {"supported-hash-algorithms": ["sha384"]},
+    }
+    body = json.loads(attest.content)
+    assert body.keys() == {"runtime-data", "tee-evidence"}
+    assert body["runtime-data"].keys() == {"nonce", "tee-pubkey"}
+    jwk = body["runtime-data"]["tee-pubkey"]
+    assert jwk.keys() == {"kty", "crv", "alg", "x", "y"}
+    assert (jwk["kty"], jwk["crv"], jwk["alg"]) == ("EC", "P-256", "ECDH-ES+A256KW")
+    assert body["tee-evidence"].keys() == {"primary_evidence", "additional_evidence"}
+    challenge, token, answer = (content for _, content in wire.seen)
+    assert body["runtime-data"]["nonce"] == challenge["nonce"]
+    hashed = {
+        "additional-evidence": body["tee-evidence"]["additional_evidence"],
+        "nonce": challenge["nonce"],
+        "tee-pubkey": jwk,
+    }
+    text = json.dumps(hashed, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    report = base64.b64decode(body["tee-evidence"]["primary_evidence"]["body"])
+    assert report[80:144] == hashlib.sha384(text).digest() + bytes(16)
+    cookie = attest.headers["cookie"]
+    assert re.fullmatch(r"kbs-session-id=[A-Za-z0-9_-]{32}", cookie)
+    assert resource.headers["cookie"] == cookie
+    assert token.keys() == {"token"}
+    assert answer.keys() == {"protected", "encrypted_key", "iv", "ciphertext", "tag"}
+    header = json.loads(_decoded(answer["protected"]))
+    assert (header["alg"], header["enc"], header["epk"]["crv"]) == ("ECDH-ES+A256KW", "A256GCM", "P-256")
+    assert len(_decoded(answer["iv"])) == 12
+    assert len(_decoded(answer["tag"])) == 16
+    assert len(_decoded(answer["encrypted_key"])) == 40
+
+
+def test_what_a_server_refuses_is_a_problem_document(simulator: Simulator, keys_dir: Path) -> None:
+    client = Wire(KeyServer(policy(simulator), keys_dir)).client()
+    for answer in (
+        client.post("http://keys/kbs/v0/auth", json={"version": "0.1.1", "tee": "sample"}),
+        client.post("http://keys/kbs/v0/attest", json={}),
+        client.get(f"http://keys/kbs/v0/resource/{RESOURCE}"),
+    ):
+        assert 400 <= answer.status_code < 500
+        assert answer.headers["content-type"] == "application/problem+json"
+        assert answer.json().keys() == {"type", "detail"}
+
+
+@pytest.mark.parametrize("tee", ["snp", "tdx", "az-snp-vtpm"])
+def test_the_protocol_has_its_own_words_for_kinds(tee: str) -> None:
+    kind = {"snp": Kind.SEV_SNP, "tdx": Kind.TDX, "az-snp-vtpm": Kind.AZURE_VTPM_SNP}[tee]
+    asked: list[Any] = []
+
+    def handle(request: httpx.Request) -> httpx.Response:
+        asked.append(json.loads(request.content))
+        problem = {"type": "https://github.com/confidential-containers/kbs/errors/TeeNotSupported", "detail": "no"}
+        return httpx.Response(401, json=problem)
+
+    client = httpx.Client(transport=httpx.MockTransport(handle))
+    source = Source(lambda data: Evidence(kind, data))
+    with pytest.raises(KeyNotReleased, match=r"http://keys refuses: no \(status 401\)"):
+        KeyBroker("http://keys", source, client).resource(RESOURCE, ARTIFACT)
+    assert [request["tee"] for request in asked] == [tee]
 
 
 def test_the_guest_service_of_confidential_containers_is_asked() -> None:
