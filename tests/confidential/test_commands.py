@@ -69,7 +69,7 @@ SEAL_REFUSALS = {
     ("artifact", "--recipient", "recipient.pub", "--signing-key", "text", "--out", "x"): "text: ",
     ("artifact", "--recipient", "recipient.pub", "--signing-key", "recipient", "--out", "x"): "recipient: ",
     ("artifact", "--recipient", "recipient.pub", "--signing-key", "publisher", "--out", "keys"): "exists already",
-    ("artifact", "--recipient", "recipient.pub", "--signing-key", "publisher", "--out", "text/x"): "cannot be written",
+    ("artifact", "--recipient", "recipient.pub", "--signing-key", "publisher", "--out", "text/x"): "cannot be read or",
     ("artifact", *SEAL): "Missing option '--recipient'",
 }
 
