@@ -305,7 +305,8 @@ class TestInvoke:
 
     def test_a_prompt_that_is_too_long(self, toy_artifact: Artifact) -> None:
         assert failure("invoke", toy_artifact.path, "x" * 64, "--raw") == (
-            "the prompt has 64 tokens; this function's context holds 64, of which at least one is left for the answer"
+            "the prompt has 64 tokens; this model's maximum context length is 64, "
+            "of which at least one is left for the answer"
         )
 
     def test_no_artifact(self, elsewhere: Path) -> None:

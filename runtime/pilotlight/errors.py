@@ -99,7 +99,7 @@ class ContextLengthExceeded(RequestError):
 
     def __init__(self, num_prompt_tokens: int, max_context_tokens: int, param: str) -> None:
         super().__init__(
-            f"the prompt has {num_prompt_tokens} tokens; this function's context holds {max_context_tokens}, "
+            f"the prompt has {num_prompt_tokens} tokens; this model's maximum context length is {max_context_tokens}, "
             f"of which at least one is left for the answer"
         )
         self.param = param

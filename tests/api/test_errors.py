@@ -33,7 +33,7 @@ BAD_CHATS: list[tuple[dict[str, Any], int, str | None, str]] = [
         "messages[0].content[0].text",
         "expected str",
     ),
-    ({"messages": [{"role": "user", "content": "x" * 500}]}, 400, "messages", "context holds 64"),
+    ({"messages": [{"role": "user", "content": "x" * 500}]}, 400, "messages", "maximum context length is 64"),
     ({"max_tokens": -1}, 400, "max_tokens", ">= 1"),
     ({"max_tokens": 0}, 400, "max_tokens", ">= 1"),
     ({"max_tokens": "many"}, 400, "max_tokens", "expected int"),
@@ -92,7 +92,7 @@ def test_bad_chat_requests(
         (None, "expected"),
         ({"a": 1}, "expected"),
         ([1.5], "expected"),
-        (list(range(64)), "context holds 64"),
+        (list(range(64)), "maximum context length is 64"),
     ],
     ids=str,
 )

@@ -209,7 +209,12 @@ BAD: list[tuple[dict[str, Any], int, str, str]] = [
         "invalid_request_error",
         "messages[0].content[0]: what the answer is to begin with can only be text",
     ),
-    ({"messages": [{"role": "user", "content": "x" * 500}]}, 400, "invalid_request_error", "context holds 64"),
+    (
+        {"messages": [{"role": "user", "content": "x" * 500}]},
+        400,
+        "invalid_request_error",
+        "maximum context length is 64",
+    ),
 ]
 
 

@@ -287,7 +287,7 @@ BAD: list[tuple[dict[str, Any], int, str, str]] = [
     ({"input": [{"type": None, "role": "user", "content": "hi"}]}, 400, "input[0].type", "expected"),
     ({"background": 0}, 400, "background", "not supported"),
     ({"input": [7]}, 400, "input[0]", "expected object"),
-    ({"input": "x" * 500}, 400, "input", "context holds 64"),
+    ({"input": "x" * 500}, 400, "input", "maximum context length is 64"),
     ({"max_output_tokens": 0}, 400, "max_output_tokens", ">= 1"),
     ({"metadata": {"k": 1}}, 400, "metadata", "expected str"),
     ({"background": True}, 400, "background", "not supported"),

@@ -111,7 +111,7 @@ def test_it_understands_our_errors(client: anthropic.Anthropic) -> None:
     assert missing.value.request_id == missing.value.response.headers["request-id"]
     assert isinstance(missing.value.body, dict)
     assert missing.value.body["error"]["type"] == "not_found_error"
-    with pytest.raises(anthropic.BadRequestError, match="context holds"):
+    with pytest.raises(anthropic.BadRequestError, match="maximum context length is"):
         client.messages.create(model="demo", max_tokens=8, messages=user("word " * 2000))
     with pytest.raises(anthropic.APIStatusError) as large:
         client.messages.create(model="demo", max_tokens=8, messages=user("x" * 10_000_000))

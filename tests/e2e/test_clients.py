@@ -215,16 +215,22 @@ try:
     error = None
 except litellm.NotFoundError as caught:
     error = caught.status_code
+try:
+    litellm.completion(**{**common, "messages": [{"role": "user", "content": "word " * 2000}]})
+except litellm.ContextWindowExceededError as caught:
+    too_long = caught.status_code
 print(json.dumps({
     "whole": whole.choices[0].message.content, "streamed": text, "later": later.choices[0].message.content,
     "call": json.loads(called.choices[0].message.tool_calls[0].function.arguments),
-    "held": json.loads(held.choices[0].message.content), "error": error, "tokens": whole.usage.completion_tokens,
+    "held": json.loads(held.choices[0].message.content), "errors": [error, too_long],
+    "tokens": whole.usage.completion_tokens,
     "arguments": json.loads(arguments), "left": left, "many": many, "retries": Retries.count,
 }))
 """
 
 LANGCHAIN = """
 from pydantic import BaseModel
+from langchain_core.exceptions import ContextOverflowError
 from langchain_openai import ChatOpenAI
 import openai
 class Answer(BaseModel):
@@ -260,8 +266,13 @@ try:
     error = None
 except openai.NotFoundError as caught:
     error = caught.status_code
+try:
+    model.invoke("word " * 2000)
+except ContextOverflowError as caught:
+    too_long = caught.status_code
 print(json.dumps({
-    "whole": whole.content, "streamed": streamed, "call": called.tool_calls[0]["args"], "error": error,
+    "whole": whole.content, "streamed": streamed, "call": called.tool_calls[0]["args"],
+    "errors": [error, too_long],
     "later": later, "arguments": json.loads(arguments), "many": many, "retries": Retries.count,
     "left": [left, ended("left-by-a-loop")],
     "kinds": [type(by_schema).__name__, type(by_call).__name__], "tokens": whole.usage_metadata["output_tokens"],
@@ -274,7 +285,7 @@ def test_litellm(server: ServerProcess) -> None:
     assert found["whole"] == found["streamed"] == found["later"]
     assert found["call"].keys() == {"city", "days"}
     assert found["held"].keys() == {"a"}
-    assert found["error"] == 404
+    assert found["errors"] == [404, 400]
     assert found["tokens"] > 0
     assert found["arguments"].keys() == {"city", "days"}
     assert found["many"] == 24
@@ -289,7 +300,7 @@ def test_langchain(server: ServerProcess) -> None:
     assert found["many"] == 24
     assert found["call"].keys() == {"city", "days"}
     assert found["kinds"] == ["Answer", "Answer"]
-    assert found["error"] == 404
+    assert found["errors"] == [404, 400]
     assert found["tokens"] > 0
     assert found["retries"] > 0
     assert found["left"] == [["cancelled", True], ["cancelled", True]]
