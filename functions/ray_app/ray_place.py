@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
+import ray_replicas
 from pilotlight.host.attempt import Attempt, FromAttempt, read_answer
 from pilotlight.host.remote import ReplicaLost
 from pilotlight.host.routing import prefix_keys
 from pilotlight.host.wire import ReplicaSpec, encode
-from ray_router import leave_out
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -22,6 +22,7 @@ class ServePlace:
     """Sends attempts to a deployment. In a pool, Serve prefers the replicas that have the function loaded."""
 
     def __init__(self, handle: DeploymentHandle, spec: ReplicaSpec, *, shared: bool) -> None:
+        self.deployment = handle.deployment_name
         self._handle = handle.options(stream=True)
         self._policy = spec.policy
         self._shared = shared
@@ -34,6 +35,7 @@ class ServePlace:
             blocks=[attempt.function.encode() + key for key in prefix_keys(sequence, self._policy)],
             block_tokens=self._policy.prefix_block_tokens,
             num_tokens=len(sequence.prompt_ids) + len(sequence.emitted_ids),
+            moved=attempt.epoch > 0,
         )
         try:
             async for answer in answers:
@@ -44,4 +46,4 @@ class ServePlace:
             answers.cancel()
 
     def leaving(self, replica_id: str) -> None:
-        leave_out(replica_id)
+        ray_replicas.leave_out(replica_id)

@@ -1,8 +1,11 @@
-"""Which replica an attempt goes to: Serve asks, and our own routing answers, by tokens and by known prefixes."""
+"""Which replica an attempt goes to: Serve asks, and our own routing answers, by tokens and by known prefixes.
+
+Serve takes this module by value: nothing that changes may lie in its globals (see ``ray_replicas``).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import deque
 from itertools import takewhile
 from typing import Any
 
@@ -14,32 +17,17 @@ from ray.serve.request_router import (
     RunningReplica,
 )
 
+import ray_replicas
 from pilotlight.host.routing import Choice, route
-
-CROWDED_TOKENS = 1_000_000
-"""A replica without a free slot comes after all others, whatever it knows."""
-
-MAX_REMEMBERED_BLOCKS = 4096
-
-_leaving: set[str] = set()
-
-
-def leave_out(replica_id: str) -> None:
-    """Send nothing more to a replica that hands over. All routers of a process heed it."""
-    _leaving.add(replica_id.rpartition("-")[2])
 
 
 class PrefixRouter(FIFOMixin, MultiplexMixin, RequestRouter):  # type: ignore[misc]
     """Prefers the replica with the least work, unless another one has computed the prompt's beginning."""
 
-    def initialize_state(self, **kwargs: Any) -> None:
-        self._prefixes: dict[str, _SentPrefixes] = {}
-        self._work: dict[str, dict[str, int]] = {}
-
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        staying = [one for one in candidate_replicas if _key(one.replica_id) not in _leaving]
+        staying = [one for one in candidate_replicas if not ray_replicas.is_leaving(_key(one.replica_id))]
         if pending_request is None or not staying:
             return [staying] if staying else []
         if pending_request.metadata.multiplexed_model_id:
@@ -50,44 +38,62 @@ class PrefixRouter(FIFOMixin, MultiplexMixin, RequestRouter):  # type: ignore[mi
         best = staying[route(choices)]
         return [[best], [one for one in staying if one is not best]]
 
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        ray_replicas.present(self._pool, {_key(one.replica_id): one.max_ongoing_requests for one in replicas})
+        super().update_replicas(replicas)
+
     def on_request_routed(self, pending_request: PendingRequest, replica_id: Any, result: Any) -> None:
-        key = _key(replica_id)
-        self._prefixes.setdefault(key, _SentPrefixes()).add(pending_request.kwargs.get("blocks", ()))
-        num_tokens = int(pending_request.kwargs.get("num_tokens", 1))
-        self._work.setdefault(key, {})[pending_request.metadata.internal_request_id] = num_tokens
+        if (known := ray_replicas.known(self._pool, _key(replica_id))) is not None:
+            known.prefixes.add(pending_request.kwargs.get("blocks", ()))
+            known.work[pending_request.metadata.internal_request_id] = int(pending_request.kwargs.get("num_tokens", 1))
 
     def on_request_completed(self, replica_id: Any, internal_request_id: str) -> None:
-        self._work.get(_key(replica_id), {}).pop(internal_request_id, None)
+        if (known := ray_replicas.known(self._pool, _key(replica_id))) is not None:
+            known.work.pop(internal_request_id, None)
 
     def on_replica_actor_died(self, replica_id: Any) -> None:
         super().on_replica_actor_died(replica_id)
-        self._prefixes.pop(_key(replica_id), None)
-        self._work.pop(_key(replica_id), None)
+        ray_replicas.forget(self._pool, _key(replica_id))
+
+    def on_replica_actor_unavailable(self, replica_id: Any) -> None:
+        super().on_replica_actor_unavailable(replica_id)
+        ray_replicas.suspect(self._pool, _key(replica_id))
+
+    async def _choose_replica_for_request(
+        self, pending_request: PendingRequest, *, is_retry: bool = False
+    ) -> RunningReplica:
+        """Put what was moved before all that waits: its client has seen a part of the answer, or waited before.
+
+        Serve gives what it tries again another place than the last one; there is no public way to ask for that.
+        """
+        is_retry = is_retry or _is_moved(pending_request)
+        return await super()._choose_replica_for_request(pending_request, is_retry=is_retry)
+
+    def _insert_pending_request_sorted(self, queue: deque[PendingRequest], pending_request: PendingRequest) -> None:
+        if _is_moved(pending_request):
+            queue.insert(sum(1 for _ in takewhile(_is_moved, queue)), pending_request)
+        else:
+            super()._insert_pending_request_sorted(queue, pending_request)
+
+    def _add_pending_request_to_indices(self, pending_request: PendingRequest) -> None:
+        super()._add_pending_request_to_indices(pending_request)
+        of_function = self._pending_requests_by_model_id.get(pending_request.metadata.multiplexed_model_id)
+        if of_function and _is_moved(pending_request) and of_function[-1] is pending_request:
+            of_function.appendleft(of_function.pop())
+
+    @property
+    def _pool(self) -> str:
+        return str(self._deployment_id.name)
 
     def _choice(self, replica: RunningReplica, request: PendingRequest) -> Choice:
-        key = _key(replica.replica_id)
-        work = self._work.get(key, {})
-        crowded = CROWDED_TOKENS if len(work) >= replica.max_ongoing_requests else 0
-        num_blocks = self._prefixes[key].num_known(request.kwargs.get("blocks", ())) if key in self._prefixes else 0
-        return Choice(sum(work.values()) + crowded, num_blocks * int(request.kwargs.get("block_tokens", 0)))
+        known = ray_replicas.known(self._pool, _key(replica.replica_id))
+        if known is None:
+            return Choice(0, 0)
+        return known.choice(request.kwargs.get("blocks", ()), int(request.kwargs.get("block_tokens", 0)))
 
 
-class _SentPrefixes:
-    """The blocks of prompts that were sent to a replica lately. Serve's replicas do not tell which they still keep."""
-
-    def __init__(self) -> None:
-        self._blocks: dict[bytes, None] = {}
-
-    def add(self, blocks: Iterable[bytes]) -> None:
-        for block in blocks:
-            self._blocks.pop(block, None)
-            self._blocks[block] = None
-        while len(self._blocks) > MAX_REMEMBERED_BLOCKS:
-            del self._blocks[next(iter(self._blocks))]
-
-    def num_known(self, blocks: Iterable[bytes]) -> int:
-        """Return how many of a prompt's blocks, from its beginning, are among them."""
-        return sum(1 for _ in takewhile(self._blocks.__contains__, blocks))
+def _is_moved(request: PendingRequest) -> bool:
+    return bool(request.kwargs.get("moved"))
 
 
 def _key(replica_id: Any) -> str:

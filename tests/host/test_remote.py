@@ -160,6 +160,39 @@ def test_a_sequence_that_is_lost_again_and_again_without_a_token_fails() -> None
     assert len(place.attempts) == MAX_FRUITLESS_MOVES
 
 
+def test_failing_attempts_outlast_the_finding_that_a_machine_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    pauses = [remote.retry_s(count) for count in range(1, MAX_FRUITLESS_MOVES)]
+    assert pauses == sorted(pauses)
+    assert sum(pauses) > 15.0
+    assert max(pauses) == remote.MAX_RETRY_S
+
+
+class Unwilling(Faulty):
+    """Replicas that all hand over at once, until one of them does not."""
+
+    async def _answers(self, attempt: Attempt, fate: str, replica_id: str) -> AsyncGenerator[FromAttempt, None]:
+        if len(self.attempts) < 20:
+            yield HandOver(attempt.epoch, replica_id)
+            return
+        async for answer in super()._answers(attempt, "finishes", replica_id):
+            yield answer
+
+
+def test_whoever_is_turned_away_again_and_again_waits_in_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[int] = []
+
+    def retry_s(count: int) -> float:
+        pauses.append(count)
+        return 0.0
+
+    monkeypatch.setattr(remote, "retry_s", retry_s)
+    place = Unwilling()
+    events = asyncio.run(collect(RemoteBackend(SETTINGS, place), Sequence("s", (1, 2), 3, sampling=GREEDY)))
+    assert tokens_of(events) == expected((1, 2), 3)
+    assert pauses == list(range(2, 20)), "the first time it goes on at once"
+
+
 def test_a_defect_in_the_place_ends_the_stream_as_an_error() -> None:
     class Broken(Faulty):
         async def attempt(self, attempt: Attempt) -> AsyncGenerator[FromAttempt, None]:

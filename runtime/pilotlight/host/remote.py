@@ -28,7 +28,11 @@ from pilotlight.request import Sequence, Signals, Start, TokenEvent
 logger = logging.getLogger("pilotlight.host")
 
 RETRY_S = 0.2
-"""How long to wait after an attempt that brought nothing, so that a broken deployment is not asked without a pause."""
+MAX_RETRY_S = 5.0
+"""How long to wait after attempts that brought nothing: first so short, twice as long each time, and at most so long.
+
+As many as make a sequence fail take a quarter of a minute, in which Ray finds out which machines are gone.
+"""
 
 
 class ReplicaLost(Exception):
@@ -138,13 +142,16 @@ class RemoteBackend:
 
     async def _carry(self, entry: Entry) -> None:
         """Bring one sequence to its end, over as many replicas as it takes."""
+        num_emitted = num_in_vain = 0
         try:
             while not await self._attempt(entry):
                 if entry.exhausted:
                     self._fail(entry, "its replica was lost repeatedly while it ran")
                     return
-                if entry.num_fruitless_moves:
-                    await asyncio.sleep(RETRY_S)
+                num_in_vain = num_in_vain + 1 if len(entry.emitted_ids) == num_emitted else 0
+                num_emitted = len(entry.emitted_ids)
+                if entry.num_fruitless_moves or num_in_vain > 1:  # turned away once, it may go on elsewhere at once
+                    await asyncio.sleep(retry_s(num_in_vain))
         except Exception:
             logger.exception("%s: %s cannot be carried on", self.settings.name, entry.sequence.id)
             self._fail(entry, "an internal error occurred")
@@ -211,6 +218,11 @@ class RemoteBackend:
     def _forget(self, entry: Entry) -> None:
         self._entries.pop(entry.sequence.id, None)
         self._carriers.pop(entry.sequence.id, None)
+
+
+def retry_s(num_in_vain: int) -> float:
+    """Return how long to wait after so many attempts in a row that brought nothing."""
+    return min(MAX_RETRY_S, RETRY_S * 2.0 ** (num_in_vain - 1))
 
 
 class _RemoteClock:
