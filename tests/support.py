@@ -252,14 +252,14 @@ def server_process(
 
 
 @contextmanager
-def config_process(config: Path, ledger: Path) -> Iterator[ServerProcess]:
+def config_process(config: Path, ledger: Path | str) -> Iterator[ServerProcess]:
     """Serve the functions of a configuration on a free port; the process has ended when the block is left."""
     with _serving_process(ledger, [sys.executable, "--config", str(config)]) as server:
         yield server
 
 
 @contextmanager
-def _serving_process(ledger: Path, arguments: list[str]) -> Iterator[ServerProcess]:
+def _serving_process(ledger: Path | str, arguments: list[str]) -> Iterator[ServerProcess]:
     python, *options = arguments
     command = [python, "-m", "pilotlight", "serve", *options, "--port", "0", "--ledger", str(ledger)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

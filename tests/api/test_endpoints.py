@@ -26,11 +26,15 @@ def test_models(toy_artifact: Artifact, tmp_path: Path) -> None:
 
 def test_health(toy_artifact: Artifact, tmp_path: Path) -> None:
     async def scenario() -> None:
-        async with serving(toy_artifact, tmp_path) as toy:
+        async with serving(toy_artifact, tmp_path, FakeSession(VOCAB_SIZE)) as toy:
             assert (await toy.client.get("/livez")).status_code == 200
             ready = await toy.client.get("/readyz")
             assert (ready.status_code, ready.json()["functions"]) == (200, ["toy"])
+            toy.function.leave()
+            assert (await toy.client.get("/readyz")).status_code == 503
+            assert (await toy.chat(max_tokens=1)).status_code == 200, "until others take over, requests are taken"
             await toy.function.drain(0)
+            assert (await toy.chat(max_tokens=1)).status_code == 503
             assert (await toy.client.get("/readyz")).status_code == 503
             assert (await toy.client.get("/livez")).status_code == 200
 

@@ -235,7 +235,7 @@ class Api:
         return json_response(Alive())
 
     async def readyz(self, request: Request) -> Response:
-        if any(function.draining for function in self._functions.values()):
+        if not all(function.ready for function in self._functions.values()):
             raise Draining
         caller = caller_of(request)
         return json_response(Ready(sorted(name for name in self._functions if caller.may_call(name))))

@@ -53,6 +53,7 @@ class Function:
         self.provider = provider
         self.text_side = TextSide(artifact, texts, max_context_tokens, max_answer_tokens)
         self.drain_began = asyncio.Event()
+        self._leaves = False
         self.cold_start_ms = 0.0
         self._cold_start_to_report_ms = 0.0
         self._running: dict[str, Invocation] = {}
@@ -118,6 +119,15 @@ class Function:
     def draining(self) -> bool:
         """Whether no more requests are taken."""
         return self.drain_began.is_set()
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests had better be sent here than elsewhere."""
+        return not self._leaves and not self.draining
+
+    def leave(self) -> None:
+        """Be no longer ready, because this machine goes; requests are still taken until ``drain``."""
+        self._leaves = True
 
     @property
     def num_running(self) -> int:

@@ -26,6 +26,15 @@ class Departure:
     moving: tuple[str, ...]
 
 
+def admission_s(seconds_left: float, drain_timeout_s: float) -> float:
+    """Return for how long a host that will be gone in ``seconds_left`` goes on taking requests.
+
+    Somebody else starts its replacement, who sees that it is no longer ready; until there is one, requests had better
+    be taken here than nowhere. What is taken last still has ``drain_timeout_s``.
+    """
+    return max(0.0, seconds_left - MARGIN_S - drain_timeout_s)
+
+
 def plan_departure(sequences: Iterable[Open], inter_token_s: float, seconds_left: float) -> Departure:
     """Decide who can finish in the time that is left, at the pace that is measured now.
 

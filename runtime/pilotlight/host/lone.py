@@ -28,7 +28,9 @@ from pilotlight.config import HostSettings
 from pilotlight.engine.session import Session
 from pilotlight.errors import ConfigError, EngineError
 from pilotlight.function import Function
+from pilotlight.host.departure import MARGIN_S
 from pilotlight.host.inprocess import Prepared, start
+from pilotlight.host.notice import Kind, Notice, ToldNotices, watch
 from pilotlight.host.server import kept_answers_for, signer_of
 from pilotlight.metering.database import located
 from pilotlight.metering.keyring import Keyring
@@ -56,6 +58,7 @@ class LoneFunction:
         self._started: Future[None] = Future()
         self._loop = asyncio.new_event_loop()
         self._ending = asyncio.Event()
+        self.told = ToldNotices()
         self._thread = threading.Thread(target=self._run, name="pilotlight-function", daemon=True)
         self._app: App
         self.function: Function
@@ -122,11 +125,17 @@ class LoneFunction:
     def stop(self, drain_timeout_s: float) -> None:
         """Take no more requests, let running ones finish for a while, end the rest with their records, and end."""
         if self._thread.is_alive():
-            drained = asyncio.run_coroutine_threadsafe(self.function.drain(drain_timeout_s), self._loop)
-            with contextlib.suppress(asyncio.CancelledError):
-                drained.result()
-            self._loop.call_soon_threadsafe(self._ending.set)
+            self.told.tell(drain_timeout_s + MARGIN_S)
             self._thread.join()
+
+    def _noticed(self, notice: Notice) -> None:
+        """This container goes. Its platform has others, and sends nothing more here."""
+        if notice.kind is Kind.INTERRUPTION:
+            self._leaving = asyncio.create_task(self._leave(notice.seconds_left - MARGIN_S), name="leave")
+
+    async def _leave(self, drain_timeout_s: float) -> None:
+        await self.function.drain(max(0.0, drain_timeout_s))
+        self._ending.set()
 
     def _run(self) -> None:
         with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
@@ -140,15 +149,22 @@ class LoneFunction:
     async def _serve(self) -> None:
         async with self._open() as app:
             self._app = app
+            watching = asyncio.create_task(watch([self.told], self._noticed), name="notices")
             self._started.set_result(None)
-            if self._listener is None:
-                await self._ending.wait()
-                return
-            server = _Server(app)
-            serving = asyncio.create_task(server.serve([self._listener]))
+            try:
+                await self._answer_until_the_end(app)
+            finally:
+                watching.cancel()
+
+    async def _answer_until_the_end(self, app: App) -> None:
+        if self._listener is None:
             await self._ending.wait()
-            server.should_exit = True
-            await serving
+            return
+        server = _Server(app)
+        serving = asyncio.create_task(server.serve([self._listener]))
+        await self._ending.wait()
+        server.should_exit = True
+        await serving
 
     @contextlib.asynccontextmanager
     async def _open(self) -> AsyncIterator[App]:

@@ -10,16 +10,16 @@ Source: AWS, "Spot Instance interruption notices" and "EC2 instance rebalance re
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import os
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -36,8 +36,6 @@ GOOGLE_METADATA = "http://metadata.google.internal"
 GOOGLE_NOTICE_S = 30.0
 METADATA_TIMEOUT_S = 1.0
 MAX_METADATA_BYTES = 64 * 1024
-
-_no_proxy = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class Kind(StrEnum):
@@ -60,8 +58,10 @@ class NoticeSource(Protocol):
     """Something that knows when this machine goes."""
 
     name: str
-    interval_s: float
-    """How often to ask."""
+
+    @property
+    def interval_s(self) -> float | None:
+        """How often to ask; None for one that says by itself when it is worth it."""
 
     def ask(self) -> Notice | None:
         """Return what there is to say now, if anything. May block for a second or two.
@@ -96,11 +96,11 @@ class AwsNotices:
             self._token = self._token or self._new_token()
             try:
                 return _read(self._base_url + path, {"X-aws-ec2-metadata-token": self._token})
-            except urllib.error.HTTPError as error:
-                error.close()
-                if error.code == 404:
+            except OSError as error:
+                status = getattr(error, "code", None)
+                if status == 404:
                     return None
-                if error.code != 401 or is_last:
+                if status != 401 or is_last:
                     raise
                 self._token = None
         raise AssertionError
@@ -146,15 +146,27 @@ class ToldNotices:
     """What somebody else in this process was told: a signal's handler, or a platform's exit hook (Modal's)."""
 
     name = "told"
-    interval_s = 0.25
+    interval_s = None
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._ends_at: float | None = None
+        self._wake: Callable[[], object] | None = None
+
+    @property
+    def told(self) -> bool:
+        return self._ends_at is not None
 
     def tell(self, seconds_left: float) -> None:
         """Say that this machine goes in so many seconds. May be called from a signal handler, and from any thread."""
         self._ends_at = self._clock() + seconds_left
+        if self._wake is not None:
+            with contextlib.suppress(RuntimeError):  # nobody listens any more
+                self._wake()
+
+    def when_told(self, wake: Callable[[], object]) -> None:
+        """Have ``wake`` called, on whatever thread, when there is something to say."""
+        self._wake = wake
 
     def ask(self) -> Notice | None:
         if self._ends_at is None:
@@ -211,7 +223,7 @@ def open_source(name: str) -> NoticeSource | None:
         return GoogleNotices()
     if name.startswith("file:") and name != "file:":
         return FileNotices(Path(os.path.expandvars(name.removeprefix("file:"))))
-    raise ConfigError(f"cluster.notices is {name!r}; expected aws, google or file:PATH")
+    raise ConfigError(f"notices is {name!r}; expected aws, google or file:PATH")
 
 
 async def watch(sources: Sequence[NoticeSource], on_notice: Callable[[Notice], None]) -> None:
@@ -231,7 +243,11 @@ async def watch(sources: Sequence[NoticeSource], on_notice: Callable[[Notice], N
 
 async def _watch(source: NoticeSource, tell: Callable[[Notice], None]) -> None:
     silent = False
+    told = asyncio.Event()
+    if isinstance(source, ToldNotices):
+        source.when_told(partial(asyncio.get_running_loop().call_soon_threadsafe, told.set))
     while True:
+        told.clear()
         try:
             notice = await asyncio.to_thread(source.ask)
             silent = False
@@ -242,7 +258,7 @@ async def _watch(source: NoticeSource, tell: Callable[[Notice], None]) -> None:
             silent = True
         if notice is not None:
             tell(notice)
-        await asyncio.sleep(source.interval_s)
+        await (told.wait() if source.interval_s is None else asyncio.sleep(source.interval_s))
 
 
 class _InstanceAction(msgspec.Struct, frozen=True):
@@ -256,7 +272,15 @@ class _Written(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def _read(url: str, headers: dict[str, str], method: str = "GET") -> bytes:
+    import urllib.request  # here, because it takes a while, and most hosts ask no such server
+    from urllib.error import HTTPError
+
     request = urllib.request.Request(url, headers=headers, method=method)  # noqa: S310 - http, and not a client's URL
-    with _no_proxy.open(request, timeout=METADATA_TIMEOUT_S) as response:
-        found: bytes = response.read(MAX_METADATA_BYTES)
-        return found
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(request, timeout=METADATA_TIMEOUT_S) as response:
+            found: bytes = response.read(MAX_METADATA_BYTES)
+            return found
+    except HTTPError as error:
+        error.close()
+        raise

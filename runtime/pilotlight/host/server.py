@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -22,10 +24,12 @@ from pilotlight.errors import ConfigError
 from pilotlight.function import Function
 from pilotlight.host.attesting import open_attester
 from pilotlight.host.courier import Courier
+from pilotlight.host.departure import MARGIN_S, admission_s
 from pilotlight.host.deployments import Deployments, Version
 from pilotlight.host.encryption import open_encryption, open_receipts
 from pilotlight.host.launcher import ZygoteLauncher
 from pilotlight.host.machine import Machine
+from pilotlight.host.notice import Kind, Notice, ToldNotices, open_source, watch
 from pilotlight.host.pooled import Surroundings, cache_dir, open_pooled
 from pilotlight.host.replica_meter import Rate, ReplicaMeter, Seen
 from pilotlight.host.swap import HostControl
@@ -57,6 +61,7 @@ def run(settings: Settings, on_ready: OnReady) -> None:
 
 async def _serve(settings: Settings, on_ready: OnReady) -> None:
     # the port first: a start in vain should not load a model
+    sources = [source for source in (open_source(settings.host.notices),) if source is not None]
     ledger_at = located(settings.host.ledger)
     encryption = open_encryption(settings)
     attester = open_attester(settings, *(() if encryption is None else (encryption.public_key,)))
@@ -108,7 +113,9 @@ async def _serve(settings: Settings, on_ready: OnReady) -> None:
             ticks = asyncio.create_task(machine.run())
             clerks = await _clerks(settings, functions, ledger, meter)
             on_ready(_url(listener, settings.host.address), functions)
-            await _Server(app, functions, settings.host.drain_timeout_s).serve(sockets=[listener])
+            server = _Server(app, functions, settings.host.drain_timeout_s)
+            clerks.append(asyncio.create_task(watch([server.told, *sources], server.noticed), name="notices"))
+            await server.serve(sockets=[listener])
         finally:
             await functions.close()
             await kept_answers.close()
@@ -132,22 +139,42 @@ class _Server(uvicorn.Server):
                 timeout_graceful_shutdown=int(drain_timeout_s) + CLOSE_TIMEOUT_S,
             )
         )
+        self.told = ToldNotices()
         self._functions = functions
         self._drain_timeout_s = drain_timeout_s
+        self._ends_at = math.inf
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Exit in order on a signal. Uvicorn's own way raises it again, which would cut off what comes after."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self.handle_exit, number, None)
+            loop.add_signal_handler(number, self._signalled, number)
         yield
+
+    def noticed(self, notice: Notice) -> None:
+        """This machine goes: be no longer ready, and exit so early that running streams have their time."""
+        if notice.kind is not Kind.INTERRUPTION:
+            return
+        for function in self._functions.versions():
+            function.leave()
+        self._ends_at = min(self._ends_at, time.monotonic() + notice.seconds_left)
+        admits_s = admission_s(notice.seconds_left, self._drain_timeout_s)
+        asyncio.get_running_loop().call_later(admits_s, setattr, self, "should_exit", True)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Let running streams finish for a while and end the others, while uvicorn waits for their connections."""
-        drains = asyncio.gather(*(function.drain(self._drain_timeout_s) for function in self._functions.versions()))
+        timeout_s = max(0.0, min(self._drain_timeout_s, self._ends_at - MARGIN_S - time.monotonic()))
+        drains = asyncio.gather(*(function.drain(timeout_s) for function in self._functions.versions()))
         await super().shutdown(sockets)
         await drains
+
+    def _signalled(self, number: int) -> None:
+        """Take a signal for a notice; the next one is meant more seriously."""
+        if self.told.told or math.isfinite(self._ends_at):
+            self.handle_exit(number, None)
+        else:
+            self.told.tell(self._drain_timeout_s + MARGIN_S)
 
 
 async def _clerks(
