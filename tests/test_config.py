@@ -16,6 +16,7 @@ from pilotlight.config import (
     EventSettings,
     FunctionSettings,
     HostSettings,
+    MixSettings,
     ModalSettings,
     Settings,
     load_settings,
@@ -68,7 +69,7 @@ def test_an_unknown_variable_is_an_error() -> None:
         "PILOTLIGHT_LEDGER, PILOTLIGHT_MAX_BODY_BYTES, PILOTLIGHT_CACHE_DIR, PILOTLIGHT_RESPONSE_STORE, "
         "PILOTLIGHT_RESPONSE_TTL_S, PILOTLIGHT_MAX_STORED_RESPONSE_BYTES, PILOTLIGHT_DRAIN_TIMEOUT_S, "
         "PILOTLIGHT_MEMORY_BUDGET_MB, PILOTLIGHT_HANG_TIMEOUT_S, "
-        "PILOTLIGHT_SIGNING_KEY, PILOTLIGHT_CAPACITY, "
+        "PILOTLIGHT_SIGNING_KEY, PILOTLIGHT_CAPACITY, PILOTLIGHT_NOTICES, "
         "PILOTLIGHT_RESUME_WINDOW_S, PILOTLIGHT_RESUMABLE_STREAMS, PILOTLIGHT_IDEMPOTENCY_TTL_S, "
         "PILOTLIGHT_MAX_KEPT_ANSWER_BYTES, PILOTLIGHT_RESUME_SECRET, PILOTLIGHT_RESUME_TTL_S, "
         "PILOTLIGHT_ARTIFACT, PILOTLIGHT_CONFIG, PILOTLIGHT_INVOKE_MODE, PILOTLIGHT_LEDGER_TABLE, "
@@ -92,6 +93,7 @@ def test_every_host_setting_has_its_variable() -> None:
         "PILOTLIGHT_HANG_TIMEOUT_S": "5",
         "PILOTLIGHT_SIGNING_KEY": "key.pem",
         "PILOTLIGHT_CAPACITY": "spot",
+        "PILOTLIGHT_NOTICES": "aws",
         "PILOTLIGHT_RESUME_WINDOW_S": "2",
         "PILOTLIGHT_RESUMABLE_STREAMS": "all",
         "PILOTLIGHT_IDEMPOTENCY_TTL_S": "3",
@@ -102,8 +104,8 @@ def test_every_host_setting_has_its_variable() -> None:
     names = {f"PILOTLIGHT_{field.name.upper()}" for field in msgspec.structs.fields(HostSettings)}
     assert names == environment.keys()
     assert load_settings(None, environment).host == HostSettings(
-        "localhost", 0, "other.db", 10, "", "responses.db", 60.0, 20, 0.5, 100, 5.0, "key.pem", "spot", 2, "all", 3, 4,
-        "quite a long secret", 5.0,
+        "localhost", 0, "other.db", 10, "", "responses.db", 60.0, 20, 0.5, 100, 5.0, "key.pem", "spot", "aws", 2, "all",
+        3, 4, "quite a long secret", 5.0,
     )  # fmt: skip
 
 
@@ -191,7 +193,7 @@ def test_the_example_holds_the_defaults() -> None:
 
 def test_the_example_mentions_every_setting() -> None:
     keys = set(re.findall(r"^(?:# )?(\w+) = ", EXAMPLE.read_text(encoding="utf-8"), re.MULTILINE))
-    tables = {"prices", "unseal"}
+    tables = {"prices", "unseal", "mix"}
     structs = (
         HostSettings,
         FunctionSettings,
@@ -200,6 +202,7 @@ def test_the_example_mentions_every_setting() -> None:
         ConfidentialSettings,
         ModalSettings,
         ClusterSettings,
+        MixSettings,
     )
     expected = {field.name for struct in structs for field in msgspec.structs.fields(struct)} | {"valid_from"}
     expected |= {field.name.replace("_micros", "") for field in msgspec.structs.fields(PriceTable)}

@@ -11,15 +11,17 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 
 from pilotlight.artifact import open_artifact
-from pilotlight.config import FunctionSettings, HostSettings, Settings, load_settings
+from pilotlight.config import FunctionSettings, HostSettings, MixSettings, Settings, load_settings
 from pilotlight.errors import ConfigError, PilotlightError
 from pilotlight.host.autoscaler import Policy
 from pilotlight.host.loaded import Loaded
+from pilotlight.host.mix import MixPolicy, mix
 from pilotlight.host.pooled import replica_spec
 from pilotlight.host.server import check_is_guarded
 from pilotlight.host.sizing import max_context_tokens
@@ -28,7 +30,8 @@ from pilotlight.metering.database import URL_SCHEMES, located
 from pilotlight.metering.keyring import Keyring
 from pilotlight.metering.opening import open_ledger
 from ray_engine import EngineReplica
-from ray_gateway import Gateway
+from ray_gateway import Gateway, spot_name
+from ray_mix import ON_DEMAND, SPOT
 
 LOOK_AHEAD = 1
 SIGNALS_INTERVAL_S = 0.5
@@ -40,10 +43,16 @@ def pools_of(settings: Settings) -> dict[str, tuple[str, ...]]:
     """Return which functions share replicas: the pools of the configuration, and one for each other function.
 
     Raises:
-        ConfigError: a pool has an unknown function, one that another pool has, or an unusable name.
+        ConfigError: a pool has an unknown function, one that another pool has, or it or a function an unusable name.
     """
     pools = dict(settings.cluster.pools)
     pooled: set[str] = set()
+    if settings.cluster.mix is not None:
+        for name in {*pools, *settings.functions}:
+            if spot_name(name) in {*pools, *settings.functions}:
+                raise ConfigError(
+                    f"{spot_name(name)!r} is what {name!r} is called on spot machines; choose another name"
+                )
     for pool, names in pools.items():
         if pool in settings.functions:
             raise ConfigError(f"cluster.pools.{pool}: is the name of a function; choose another one")
@@ -76,7 +85,9 @@ def build(settings: Settings) -> serve.Application:
             f"host.ledger is {settings.host.ledger!r}; on a cluster it is shared: postgresql://user@host/database"
         )
     pools = pools_of(settings)
-    engines = {pool: _engines(pool, names, settings) for pool, names in pools.items()}
+    engines: dict[str, serve.Application] = {}
+    for pool, names in pools.items():
+        engines |= _engines(pool, names, settings)
     pool_of = {name: pool for pool, names in pools.items() for name in names}
     cluster = settings.cluster
     gateway = serve.deployment(serve.ingress()(_Ingress)).options(
@@ -129,8 +140,11 @@ class _Ingress(Gateway):
         await self.close()
 
 
-def _engines(pool: str, names: tuple[str, ...], settings: Settings) -> serve.Application:
-    """Return the deployment of a pool. What it may have is the most that any of its functions asks for."""
+def _engines(pool: str, names: tuple[str, ...], settings: Settings) -> dict[str, serve.Application]:
+    """Return the deployment of a pool, or the two of a mixed one, by name.
+
+    What it may have is the most that any of its functions asks for.
+    """
     of_pool = [settings.functions[name] for name in names]
     specs = {name: _spec(name, settings.functions[name], settings.host) for name in names}
     num_slots = max(spec.num_slots for spec in specs.values())
@@ -142,29 +156,56 @@ def _engines(pool: str, names: tuple[str, ...], settings: Settings) -> serve.App
         idle_timeout_s=max(one.idle_timeout_s for one in policies),
     )
     cluster = settings.cluster
-    return (
-        serve.deployment(replica_class(cluster.max_functions_per_replica))
+    return {
+        name: serve.deployment(replica_class(cluster.max_functions_per_replica))
         .options(
-            name=pool,
+            name=name,
             max_ongoing_requests=num_slots + LOOK_AHEAD,
             graceful_shutdown_timeout_s=settings.host.drain_timeout_s,
-            autoscaling_config=AutoscalingConfig(
-                min_replicas=policy.min_replicas,
-                max_replicas=policy.max_replicas,
-                initial_replicas=policy.min_replicas,
-                policy=AutoscalingPolicy(
-                    policy_function="ray_scaling:TokenAwarePolicy",
-                    policy_kwargs={key: value for key, value in dataclasses.asdict(policy).items() if key != "sleep"},
-                ),
-                metrics_interval_s=SIGNALS_INTERVAL_S,
-                look_back_period_s=SIGNALS_WINDOW_S,
-                upscale_delay_s=0.0,  # when to scale is our policy's business
-                downscale_delay_s=0.0,
-            ),
+            autoscaling_config=scaling,
             request_router_config=RequestRouterConfig(request_router_class="ray_router:PrefixRouter"),
-            ray_actor_options={"num_cpus": cluster.replica_cpus, "resources": cluster.replica_resources},
+            ray_actor_options={"num_cpus": cluster.replica_cpus, "resources": {**cluster.replica_resources, **where}},
         )
         .bind(specs, cluster.notices)
+        for name, scaling, where in _deployments(pool, policy, cluster.mix)
+    }
+
+
+def _deployments(
+    pool: str, policy: Policy, wanted: MixSettings | None
+) -> list[tuple[str, AutoscalingConfig, dict[str, float]]]:
+    """Return the deployments of a pool: how each is called and scaled, and what places it."""
+    kwargs = {key: value for key, value in dataclasses.asdict(policy).items() if key != "sleep"}
+    if wanted is None:
+        return [(pool, _scaling("TokenAwarePolicy", kwargs, policy.min_replicas, policy), {})]
+    of_mix = MixPolicy(wanted.on_demand_floor, wanted.spot_surplus, wanted.fall_back)
+    first = mix(policy.min_replicas, 0, of_mix)
+
+    def scaling(kind: str, initial: int) -> AutoscalingConfig:
+        return _scaling(
+            "MixedPolicy", {**kwargs, "pool": pool, "kind": kind, "mix": dataclasses.asdict(of_mix)}, initial, policy,
+            surplus=wanted.spot_surplus if kind == SPOT else 0, lowest=0,
+        )  # fmt: skip
+
+    return [
+        (pool, scaling(ON_DEMAND, first.on_demand), wanted.on_demand_resources),
+        (spot_name(pool), scaling(SPOT, first.spot), wanted.spot_resources),
+    ]
+
+
+def _scaling(
+    decides: str, kwargs: dict[str, Any], initial: int, policy: Policy, *, surplus: int = 0, lowest: int | None = None
+) -> AutoscalingConfig:
+    """Return how a deployment is scaled: by our policy alone, within the function's bounds."""
+    return AutoscalingConfig(
+        min_replicas=policy.min_replicas if lowest is None else lowest,
+        max_replicas=policy.max_replicas + surplus,
+        initial_replicas=initial,
+        policy=AutoscalingPolicy(policy_function=f"ray_scaling:{decides}", policy_kwargs=kwargs),
+        metrics_interval_s=SIGNALS_INTERVAL_S,
+        look_back_period_s=SIGNALS_WINDOW_S,
+        upscale_delay_s=0.0,  # when to scale is our policy's business
+        downscale_delay_s=0.0,
     )
 
 

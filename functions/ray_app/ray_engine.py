@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 import time
 from collections.abc import AsyncIterator, Mapping
 
@@ -15,13 +16,17 @@ from pilotlight.host.notice import Kind, Notice, open_source, watch
 from pilotlight.host.wire import ReplicaSpec, Stages, encode
 from pilotlight.mailbox import TokenStream
 from pilotlight.request import FinishReason, Sequence, TokenEvent
-from ray_node import drain_this_node
+from ray_node import drain_this_node, is_replaced
 from ray_scaling import ReplicaSignals
 
 PART_INTERVAL_S = 0.02
 """Tokens of one attempt that come within so short a time travel together; the first one does not wait."""
 
 PACE_WEIGHT = 0.05
+WAITING_SHARE = 0.5
+LOOK_AGAIN_S = 0.5
+
+logger = logging.getLogger("pilotlight.ray")
 
 
 class Running:
@@ -56,6 +61,7 @@ class EngineReplica:
         self._running: dict[str, Running] = {}
         self._measures = Measures(start_s=0.0)
         self._inter_token_s = 0.0
+        self._interrupted = False
         self._leaving = False
         self._tasks: set[asyncio.Task[None]] = set()
         if (source := open_source(notices)) is not None:
@@ -95,19 +101,13 @@ class EngineReplica:
             service_s=self._measures.service_s,
             kv_used_ratio=sum(one.kv_used_bytes for one in signals) / max(1, reserved),
             start_s=max((loaded.start_s for loaded in self._loaded.values()), default=0.0),
+            leaving=float(self._interrupted),
         )
         return {name: float(getattr(found, name)) for name in found.__struct_fields__}
 
     def noticed(self, notice: Notice) -> None:
         """The node will be taken away: have Ray start replacements elsewhere; after an interruption, leave."""
-        self._keep(asyncio.create_task(asyncio.to_thread(drain_this_node, notice)))
-        if notice.kind is not Kind.INTERRUPTION:
-            return
-        self._leaving = True
-        plan = plan_departure([one.open for one in self._running.values()], self._inter_token_s, notice.seconds_left)
-        for engine_id in plan.moving:
-            self._running[engine_id].move()
-        asyncio.get_running_loop().call_later(max(0.0, notice.seconds_left - MARGIN_S), self._move_all)
+        self._keep(asyncio.create_task(self._leave(notice), name="leave"))
 
     async def unload(self, function: str) -> None:
         """Make place for another function; what runs of this one goes on elsewhere."""
@@ -121,9 +121,36 @@ class EngineReplica:
         for function in list(self._loaded):
             await self.unload(function)
 
-    def _move_all(self) -> None:
+    async def _leave(self, notice: Notice) -> None:
+        """Have a replacement started, and only then take nothing more and hand over what cannot end here in time.
+
+        Where no replacement comes, half of the time that is left is for waiting, and half for leaving.
+        """
+        ends_at = time.monotonic() + notice.seconds_left
+        interrupted = notice.kind is Kind.INTERRUPTION
+        self._interrupted = self._interrupted or interrupted
+        await asyncio.to_thread(drain_this_node, notice)
+        if not interrupted:
+            return
+        await self._replacement(ends_at - notice.seconds_left * (1 - WAITING_SHARE))
+        self._leaving = True
+        seconds_left = ends_at - time.monotonic()
+        plan = plan_departure([one.open for one in self._running.values()], self._inter_token_s, seconds_left)
+        for engine_id in plan.moving:
+            self._running[engine_id].move()
+        await asyncio.sleep(max(0.0, ends_at - MARGIN_S - time.monotonic()))
         for running in self._running.values():
             running.move()
+
+    async def _replacement(self, until: float) -> None:
+        """Wait for a replacement, but not for ever."""
+        while (left_s := until - time.monotonic()) > 0:
+            try:
+                if await asyncio.to_thread(is_replaced):
+                    return
+            except Exception as error:  # noqa: BLE001 - whatever Ray raises: it cannot say now
+                logger.warning("whether there is a replacement is not known: %s", error)
+            await asyncio.sleep(min(left_s, LOOK_AGAIN_S))
 
     async def _answers(self, running: Running, loaded: Loaded) -> AsyncIterator[FromAttempt]:
         attempt = running.attempt

@@ -17,7 +17,7 @@ from pilotlight.artifact import open_artifact
 from pilotlight.config import Settings
 from pilotlight.function import Function
 from pilotlight.host.pooled import replica_spec
-from pilotlight.host.remote import RemoteBackend, RemoteSettings
+from pilotlight.host.remote import Place, RemoteBackend, RemoteSettings
 from pilotlight.host.sizing import max_context_tokens
 from pilotlight.metering.database import located
 from pilotlight.metering.keyring import Keyring
@@ -25,6 +25,7 @@ from pilotlight.metering.opening import open_ledger
 from pilotlight.metering.price_schedule import PriceSchedule
 from pilotlight.metering.record import Capacity
 from pilotlight.metering.signing import Signer
+from ray_mixed_place import MixedPlace
 from ray_place import ServePlace
 
 if TYPE_CHECKING:
@@ -33,11 +34,18 @@ if TYPE_CHECKING:
 logger = logging.getLogger("pilotlight.ray")
 
 
+def spot_name(pool: str) -> str:
+    """Return what the deployment of a pool on spot machines is called."""
+    return f"{pool}-spot"
+
+
 class Gateway:
     """What Serve makes the ingress of. Each replica of it is a writer of the shared ledger."""
 
     def __init__(self, settings: Settings, pools: Mapping[str, DeploymentHandle], pool_of: Mapping[str, str]) -> None:
         """Open the ledger, and the text side of every function; ``pool_of`` names the pool of each.
+
+        A pool with replicas on spot machines has a second deployment for them.
 
         Raises:
             StartupError: a setting, an artifact or the ledger is not usable.
@@ -51,7 +59,8 @@ class Gateway:
         self._metrics = Metrics()
         shared = {name for name, pool in pool_of.items() if pool != name}
         self._functions = {
-            name: self._open(name, settings, pools[pool_of[name]], shared=name in shared) for name in settings.functions
+            name: self._open(name, settings, pools[pool], pools.get(spot_name(pool)), shared=name in shared)
+            for name, pool in ((name, pool_of[name]) for name in settings.functions)
         }
         self._metrics.watch(self._functions)
         self._kept_answers = KeptAnswers(
@@ -85,11 +94,16 @@ class Gateway:
         self._responses.close()
         self._ledger.close()
 
-    def _open(self, name: str, settings: Settings, handle: DeploymentHandle, *, shared: bool) -> Function:
+    def _open(
+        self, name: str, settings: Settings, handle: DeploymentHandle, on_spot: DeploymentHandle | None, *, shared: bool
+    ) -> Function:
         of_function = settings.functions[name]
         artifact = open_artifact(Path(of_function.artifact))
         context = max_context_tokens(name, of_function, artifact)
-        place = ServePlace(handle, replica_spec(name, of_function, settings.host, artifact, context), shared=shared)
+        spec = replica_spec(name, of_function, settings.host, artifact, context)
+        place: Place = (on_demand := ServePlace(handle, spec, shared=shared))
+        if on_spot is not None:
+            place = MixedPlace(on_demand, ServePlace(on_spot, spec, shared=shared), spec)
         max_open = of_function.num_slots * max(1, of_function.max_replicas) + of_function.max_queued_requests
         backend = RemoteBackend(RemoteSettings(name, max_open, of_function.max_queued_tokens), place, self._metrics)
         return Function(

@@ -4,29 +4,52 @@ from __future__ import annotations
 
 import logging
 import math
-import subprocess
-import sys
-from pathlib import Path
+import time
+from collections.abc import Mapping
 
 from pilotlight.host.notice import Notice
 
 logger = logging.getLogger("pilotlight.ray")
 
-DRAIN_TIMEOUT_S = 60.0
-
 
 def drain_this_node(notice: Notice) -> None:
-    """Tell Ray that nothing new may come here. Ray has no public call for it in Python, only a command."""
+    """Tell Ray that nothing new may come here, and that what is here has to be somewhere else.
+
+    Ray has no public call for it. This is the one under its command `ray drain-node`, whose start alone would take some
+    seconds of the time that is left.
+    """
     import ray
+    from ray.core.generated import autoscaler_pb2
 
     context = ray.get_runtime_context()
-    command = [
-        *(str(Path(sys.executable).with_name("ray")), "drain-node", "--address", context.gcs_address),
-        *("--node-id", context.get_node_id(), "--reason", "DRAIN_NODE_REASON_PREEMPTION"),
-        *("--reason-message", f"{notice.kind} notice from {notice.source}"),
-    ]
-    if math.isfinite(notice.seconds_left):
-        command += ["--deadline-remaining-seconds", str(max(1, int(notice.seconds_left)))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=DRAIN_TIMEOUT_S)  # noqa: S603
-    if done.returncode != 0:
-        logger.warning("this node cannot be drained: %s", done.stderr.strip()[-500:])
+    reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    why = f"{notice.kind} notice from {notice.source}"
+    try:
+        client = ray._raylet.GcsClient(address=context.gcs_address)
+        accepted, problem = client.drain_node(context.get_node_id(), reason, why, deadline_ms(notice, time.time()))
+    except Exception as error:  # noqa: BLE001 - whatever Ray raises: the replica leaves all the same
+        accepted, problem = False, str(error)
+    if not accepted:
+        logger.warning("this node cannot be drained: %s", problem)
+
+
+def deadline_ms(notice: Notice, now: float) -> int:
+    """Return when the node will be gone, in milliseconds since 1970 as ``now`` is in seconds; 0 where nobody knows."""
+    return round((now + notice.seconds_left) * 1000) if math.isfinite(notice.seconds_left) else 0
+
+
+def is_replaced() -> bool:
+    """Say whether another replica runs in the place of this process's, which was told to leave. May block."""
+    from ray import serve
+
+    context = serve.get_replica_context()
+    deployments = serve.status().applications[context.app_name].deployments
+    return replaced(
+        {str(state.value): number for state, number in deployments[context.deployment].replica_states.items()}
+    )
+
+
+def replaced(states: Mapping[str, int]) -> bool:
+    """Say the same of a deployment's replicas by state: some leave, some run, and none is on its way any more."""
+    leaving = states.get("PENDING_MIGRATION", 0) + states.get("STOPPING", 0)
+    return leaving > 0 and states.get("RUNNING", 0) > 0 and states.get("STARTING", 0) == 0

@@ -12,7 +12,9 @@ from typing import Any, Protocol
 
 import msgspec
 
+import ray_mix
 from pilotlight.host.autoscaler import Load, Policy, needed_replicas, wanted_replicas
+from pilotlight.host.mix import MixPolicy
 
 
 class ReplicaSignals(msgspec.Struct, frozen=True):
@@ -24,6 +26,8 @@ class ReplicaSignals(msgspec.Struct, frozen=True):
     service_s: float = 0.0
     kv_used_ratio: float = 0.0
     start_s: float = 0.0
+    leaving: float = 0.0
+    """1 once its machine is about to be taken away."""
 
 
 SIGNALS = tuple(field.name for field in msgspec.structs.fields(ReplicaSignals))
@@ -32,8 +36,13 @@ SIGNALS = tuple(field.name for field in msgspec.structs.fields(ReplicaSignals))
 class Context(Protocol):
     """What our policy reads of ``ray.serve.config.AutoscalingContext``."""
 
-    target_num_replicas: int
-    policy_state: dict[str, Any]
+    @property
+    def target_num_replicas(self) -> int:
+        """How many replicas there should be by the last decision."""
+
+    @property
+    def policy_state(self) -> dict[str, Any]:
+        """What the last call wanted remembered."""
 
     @property
     def total_num_requests(self) -> float:
@@ -67,6 +76,22 @@ class TokenAwarePolicy:
         surplus_since = (state.get("surplus_since") or now) if surplus else None
         load = load_of(context, load.idle_s, 0.0 if surplus_since is None else now - surplus_since)
         return wanted_replicas(load, self._policy), {"idle_since": idle_since, "surplus_since": surplus_since}
+
+
+class MixedPolicy:
+    """The policy of one of a function's two deployments, ``kind`` of machine: its share of what both need."""
+
+    def __init__(
+        self, *, pool: str, kind: str, mix: Mapping[str, Any], clock: Callable[[], float] = time.time, **policy: Any
+    ) -> None:
+        """Take the fields of ``host.mix.MixPolicy`` as ``mix``, and those of ``host.autoscaler.Policy``."""
+        self._kind = kind
+        both = TokenAwarePolicy(clock=clock, **policy)
+        self._function = ray_mix.mixed_function((pool, Policy(**policy)), both, MixPolicy(**mix))
+
+    def __call__(self, context: ray_mix.Context) -> tuple[int, dict[str, Any]]:
+        """Return how many replicas this deployment should have; what is to be remembered, both remember together."""
+        return self._function.share(self._kind, context), {}
 
 
 def load_of(context: Context, idle_s: float, surplus_s: float) -> Load:

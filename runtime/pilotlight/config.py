@@ -34,7 +34,8 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 class HostSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``[host]``: where the server listens and what it keeps. An empty ``cache_dir`` keeps no optimized graphs.
 
-    ``memory_budget_mb`` bounds all replicas together; 0 means most of what is free at the start.
+    ``memory_budget_mb`` bounds all replicas together; 0 means most of what is free at the start. ``notices`` is where
+    the host learns that its machine will be taken away, see ``host.notice``.
     """
 
     address: str = "127.0.0.1"
@@ -50,6 +51,7 @@ class HostSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     hang_timeout_s: Annotated[float, Meta(ge=1, le=3600)] = 30.0
     signing_key: str = ""
     capacity: Literal["on_demand", "spot"] = "on_demand"
+    notices: str = ""
     resume_window_s: Annotated[float, Meta(gt=0, le=3600)] = 30.0
     resumable_streams: Literal["idempotent", "all"] = "idempotent"
     idempotency_ttl_s: Annotated[float, Meta(gt=0, le=31 * 86400)] = 86400.0
@@ -158,12 +160,27 @@ class ModalSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     unauthenticated: bool = False
 
 
+class MixSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``[cluster.mix]``: replicas on machines that may be taken away beside some that stay, see ``host.mix``.
+
+    A replica on demand takes ``on_demand_resources`` of Ray's beside what every replica takes, one on a spot machine
+    ``spot_resources``: that is what keeps them on their machines.
+    """
+
+    on_demand_floor: Annotated[int, Meta(ge=0)] = 1
+    spot_surplus: Annotated[int, Meta(ge=0)] = 0
+    fall_back: bool = True
+    on_demand_resources: dict[str, float] = msgspec.field(default_factory=lambda: {"on_demand": 0.001})
+    spot_resources: dict[str, float] = msgspec.field(default_factory=lambda: {"spot": 0.001})
+
+
 class ClusterSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``[cluster]``: how the functions lie on a Ray cluster. See docs/cluster.md.
 
     A gateway and a replica take so many logical CPUs and other resources of Ray's. The functions of one pool share
     replicas, each of which has at most ``max_functions_per_replica`` of them loaded; the others have replicas of their
-    own. ``notices`` is where a node learns that it will be taken away, see ``host.notice``.
+    own. ``notices`` is where a node learns that it will be taken away, see ``host.notice``. With a ``mix``, every
+    function or pool has replicas of two kinds.
     """
 
     gateways: Positive = 1
@@ -174,6 +191,7 @@ class ClusterSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pools: dict[str, tuple[str, ...]] = {}
     max_functions_per_replica: Positive = 4
     notices: str = ""
+    mix: MixSettings | None = None
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -1,4 +1,4 @@
-"""The Ray application as Ray takes it, its manifests, and the whole cluster as a soak run."""
+"""The Ray application as Ray takes it, and the whole cluster as a soak run."""
 
 from __future__ import annotations
 
@@ -7,17 +7,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml  # type: ignore[import-untyped]
 
 from pilotlight.artifact import Artifact
-from pilotlight.config import load_settings
 
 ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".venv-ray" / "bin" / "python"
-INFRA = ROOT / "infra" / "ray"
 
 needs_ray = pytest.mark.skipif(not PYTHON.exists(), reason=f"no environment with Ray at {PYTHON}: make ray")
 
@@ -41,7 +37,9 @@ collect(app)
 for name, deployment in sorted(deployments.items()):
     config = deployment._deployment_config
     scaling = config.autoscaling_config
-    print(name, config.max_ongoing_requests, *((scaling.min_replicas, scaling.max_replicas) if scaling else ()))
+    options = deployment.ray_actor_options or {}
+    print(name, config.max_ongoing_requests, *((scaling.min_replicas, scaling.max_replicas) if scaling else ()),
+          *options.get("resources", ()))
 """
 
 
@@ -79,6 +77,7 @@ def test_each_function_or_pool_is_a_deployment_behind_one_gateway(toy_artifact: 
         ('pools = { x = ["none"] }', "postgresql://h/d", "'none' is not a function, or is in two pools"),
         ('pools = { x = ["a"], y = ["a"] }', "postgresql://h/d", "'a' is not a function, or is in two pools"),
         ('pools = { a = ["b"] }', "postgresql://h/d", "is the name of a function"),
+        ('pools = { a-spot = ["b"] }\nmix = {}', "postgresql://h/d", "'a-spot' is what 'a' is called on spot machines"),
     ],
 )
 def test_what_cannot_be_deployed_is_refused(
@@ -89,38 +88,68 @@ def test_what_cannot_be_deployed_is_refused(
     assert problem in done.stderr
 
 
-def manifests(name: str) -> list[dict[str, Any]]:
-    return list(yaml.safe_load_all((INFRA / name).read_text(encoding="utf-8")))
+@needs_ray
+def test_a_mixed_function_is_two_deployments_on_machines_of_two_kinds(toy_artifact: Artifact, tmp_path: Path) -> None:
+    mixed = 'pools = { shared = ["a", "b"] }\nmix = { on_demand_floor = 1, spot_surplus = 2 }'
+    done = run_with_ray("-c", BUILD, str(config(tmp_path / "p.toml", toy_artifact, mixed)))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "c 5 0 3 on_demand",
+        "c-spot 5 0 5 spot",
+        "gateway 10000",
+        "shared 5 0 3 on_demand",
+        "shared-spot 5 0 5 spot",
+    ]
 
 
-def test_the_manifest_of_the_service_names_what_there_is(tmp_path: Path) -> None:
-    service, config_map = manifests("rayservice.yaml")
-    assert (service["apiVersion"], service["kind"]) == ("ray.io/v1", "RayService")
-    serve = yaml.safe_load(service["spec"]["serveConfigV2"])
-    (application,) = serve["applications"]
-    module, _, function = application["import_path"].partition(":")
-    assert f"def {function}(" in (ROOT / "functions" / "ray_app" / f"{module}.py").read_text()
-    written = tmp_path / "pilotlight.toml"
-    written.write_text(config_map["data"]["pilotlight.toml"])
-    settings = load_settings(written, {})
-    assert settings.host.ledger.startswith("postgresql://")
-    cluster = service["spec"]["rayClusterConfig"]
-    assert cluster["rayVersion"] in (ROOT / "pyproject.toml").read_text()
-    assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
-    (gateway,) = settings.cluster.gateway_resources
-    assert gateway in cluster["headGroupSpec"]["rayStartParams"]["resources"]
-    for group in cluster["workerGroupSpecs"]:
-        grace_s = group["template"]["spec"]["terminationGracePeriodSeconds"]
-        assert grace_s > settings.host.drain_timeout_s
+BY_VALUE = """
+from ray.serve.config import AutoscalingPolicy, RequestRouterConfig
+import ray_mix, ray_place, ray_replicas
+router = RequestRouterConfig(request_router_class="ray_router:PrefixRouter").get_request_router_class()
+ray_replicas.leave_out("demo-abc")
+print(router.choose_replicas.__globals__["ray_replicas"].is_leaving("abc"))
+kwargs = {"pool": "f", "mix": {}, "num_slots": 4}
+for kind in ("on_demand", "spot"):
+    policy = AutoscalingPolicy(policy_function="ray_scaling:MixedPolicy").get_policy()
+    policy(kind=kind, **kwargs)
+print(len(ray_mix._functions))
+"""
 
 
-def test_the_autoscaler_of_hosts_asks_for_metrics_that_there_are() -> None:
-    (scaled,) = manifests("keda.yaml")
-    from pilotlight.api.metrics import GAUGES
+@needs_ray
+def test_what_serve_takes_by_value_shares_its_state_with_the_process() -> None:
+    done = run_with_ray("-c", BY_VALUE)
+    assert done.stdout.split() == ["True", "1"], done.stderr
 
-    for trigger in scaled["spec"]["triggers"]:
-        query = trigger["metadata"]["query"]
-        assert any(name in query for name in GAUGES), query
+
+ORDER = """
+import asyncio
+from types import SimpleNamespace
+from ray.serve._private.common import DeploymentHandleSource, DeploymentID, RequestMetadata
+from ray.serve._private.request_router.common import PendingRequest
+from ray_router import PrefixRouter
+
+async def main():
+    router = PrefixRouter(DeploymentID("f", "app"), DeploymentHandleSource.REPLICA)
+    def request(name, moved, function=""):
+        metadata = RequestMetadata(request_id=name, internal_request_id=name, multiplexed_model_id=function)
+        return PendingRequest(args=[], kwargs={"moved": moved}, metadata=metadata)
+    asked = [request("a", False, "m"), request("b", False), request("c", True, "m"), request("d", True)]
+    waiting = [asyncio.ensure_future(router._choose_replica_for_request(one)) for one in asked]
+    await asyncio.sleep(0)
+    print(*(one.metadata.request_id for one in router._pending_requests_to_fulfill))
+    print(*(one.metadata.request_id for one in router._pending_requests_by_model_id["m"]))
+    for one in waiting:
+        one.cancel()
+
+asyncio.run(main())
+"""
+
+
+@needs_ray
+def test_what_was_moved_goes_before_all_that_waits() -> None:
+    done = run_with_ray("-c", ORDER)
+    assert done.stdout.splitlines()[-2:] == ["c d a b", "c a"], done.stderr
 
 
 @pytest.mark.soak

@@ -20,6 +20,7 @@ from pilotlight.host.notice import Kind, Notice
 from pilotlight.host.wire import ReplicaSpec, Stages, encode
 from pilotlight.request import FinishReason, SamplingParams, Sequence
 from ray_engine import EngineReplica
+from ray_node import deadline_ms, replaced
 
 VOCAB_SIZE = 258
 SPEC = ReplicaSpec("f", "nowhere", 2, 4096, Policy(8), 1, None, 0.0)
@@ -44,11 +45,12 @@ class Toy(Loaded):
 
 @pytest.fixture
 def drained(monkeypatch: pytest.MonkeyPatch) -> list[Notice]:
-    """Have a toy for an engine, and note how often Ray is told to drain the node."""
+    """Have a toy for an engine, a replacement at once, and note how often Ray is told to drain the node."""
     found: list[Notice] = []
     monkeypatch.setattr(Toy, "gate", threading.Event())
     monkeypatch.setattr(ray_engine, "Loaded", Toy)
     monkeypatch.setattr(ray_engine, "drain_this_node", found.append)
+    monkeypatch.setattr(ray_engine, "is_replaced", lambda: True)
     return found
 
 
@@ -62,6 +64,12 @@ def expected(prompt: tuple[int, ...], count: int) -> list[int]:
 async def answers(replica: EngineReplica, sequence: Sequence, epoch: int = 0) -> AsyncIterator[FromAttempt]:
     async for payload in replica.generate(encode(Attempt("f", sequence, epoch)), blocks=[], num_tokens=2):
         yield read_answer(payload)
+
+
+async def left(replica: EngineReplica) -> None:
+    """Wait until a replica takes nothing more."""
+    while not replica._leaving:
+        await asyncio.sleep(0)
 
 
 def tokens_of(parts: list[Any]) -> list[int]:
@@ -112,6 +120,7 @@ def test_after_a_notice_what_does_not_fit_is_handed_over_without_a_loss(drained:
         async for answer in answers(replica, long):
             if not first:
                 replica.noticed(Notice(Kind.INTERRUPTION, "file", 1.0))
+                await left(replica)
                 Toy.gate.set()
             first.append(answer)
         refused = [answer async for answer in answers(replica, Sequence("late", (5,), 3, sampling=GREEDY))]
@@ -138,12 +147,89 @@ def test_what_fits_into_the_time_left_finishes(drained: list[Notice]) -> None:
             found.append(answer)
             if len(tokens_of(found)) > 1 and not drained:
                 replica.noticed(Notice(Kind.INTERRUPTION, "aws", 3600.0))
+                await left(replica)
                 Toy.gate.set()
         await replica.close()
         return found
 
     found = asyncio.run(scenario())
     assert tokens_of(found) == expected((1, 2), 300)
+
+
+def test_admission_ends_when_the_replacement_runs_and_not_before(
+    drained: list[Notice], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = asyncio.Event()
+    runs = threading.Event()
+
+    async def scenario() -> tuple[list[FromAttempt], list[FromAttempt], float]:
+        loop = asyncio.get_running_loop()
+
+        def is_replaced() -> bool:
+            loop.call_soon_threadsafe(asked.set)
+            return runs.is_set()
+
+        monkeypatch.setattr(ray_engine, "is_replaced", is_replaced)
+        monkeypatch.setattr(ray_engine, "LOOK_AGAIN_S", 0.0)
+        Toy.gate.set()
+        replica = EngineReplica("f-1", {"f": SPEC}, "")
+        replica.noticed(Notice(Kind.INTERRUPTION, "aws", 3600.0))
+        await asked.wait()
+        before = [answer async for answer in answers(replica, Sequence("a", (5,), 3, sampling=GREEDY))]
+        signal = replica.record_autoscaling_stats()["leaving"]
+        runs.set()
+        await left(replica)
+        after = [answer async for answer in answers(replica, Sequence("b", (5,), 3, sampling=GREEDY))]
+        await replica.close()
+        return before, after, signal
+
+    before, after, signal = asyncio.run(scenario())
+    assert tokens_of(before) == expected((5,), 3)
+    assert after == [HandOver(0, "f-1")]
+    assert signal == 1.0, "the autoscaler knows meanwhile that this one goes"
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_without_a_replacement_it_leaves_in_the_middle_of_its_time(
+    drained: list[Notice], monkeypatch: pytest.MonkeyPatch, failing: bool
+) -> None:
+    def never() -> bool:
+        if failing:
+            raise RuntimeError("the controller does not answer")
+        return False
+
+    monkeypatch.setattr(ray_engine, "is_replaced", never)
+    monkeypatch.setattr(ray_engine, "LOOK_AGAIN_S", 0.001)
+
+    async def scenario() -> list[FromAttempt]:
+        replica = EngineReplica("f-1", {"f": SPEC}, "")
+        replica.noticed(Notice(Kind.INTERRUPTION, "file", 0.1))
+        await left(replica)
+        found = [answer async for answer in answers(replica, Sequence("b", (5,), 3, sampling=GREEDY))]
+        await replica.close()
+        return found
+
+    assert asyncio.run(scenario()) == [HandOver(0, "f-1")]
+
+
+@pytest.mark.parametrize(
+    ("states", "is_replaced"),
+    [
+        ({"RUNNING": 1}, False),
+        ({"PENDING_MIGRATION": 1, "STARTING": 1}, False),
+        ({"PENDING_MIGRATION": 1, "RUNNING": 1, "STARTING": 1}, False),
+        ({"PENDING_MIGRATION": 1, "RUNNING": 1}, True),
+        ({"STOPPING": 1, "RUNNING": 2}, True),
+        ({"PENDING_MIGRATION": 1}, False),
+    ],
+)
+def test_a_replacement_runs_where_others_do_and_none_is_starting(states: dict[str, int], is_replaced: bool) -> None:
+    assert replaced(states) is is_replaced
+
+
+def test_a_node_is_gone_when_its_notice_says_so_or_at_no_known_time() -> None:
+    assert deadline_ms(Notice(Kind.INTERRUPTION, "aws", 120.0), 1000.0) == 1_120_000
+    assert deadline_ms(Notice(Kind.REBALANCE, "aws"), 1000.0) == 0
 
 
 def test_a_hint_only_has_replacements_started(drained: list[Notice]) -> None:
