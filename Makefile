@@ -31,8 +31,8 @@ clients: $(VENV)/ready  ## install the clients that the end-to-end tests run in 
 	@command -v npm > /dev/null && npm install --silent --no-fund --no-audit --prefix .venv-clients/node ehbp openai \
 		|| echo "npm is not there: the tests of its clients are left out"
 
-ray: $(VENV)/ready  ## install Ray Serve into an environment of its own, for the cluster demo and its tests
-	@test -x .venv-ray/bin/python || $(BIN)/python -m venv .venv-ray
+ray:  ## install Ray Serve into an environment of its own, for the cluster demo and its tests
+	@test -x .venv-ray/bin/python || $(PYTHON) -m venv .venv-ray
 	@.venv-ray/bin/python -m pip --disable-pip-version-check --quiet install --editable '.[cpu,postgres,ray]' httpx
 
 cluster-demo: ray $(DEMO_ARTIFACT)/manifest.json  ## a Ray cluster on this machine: one node killed, one drained, 200 streams (needs root, PostgreSQL)

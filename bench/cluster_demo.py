@@ -94,6 +94,8 @@ class Stream:
     usage: dict[str, Any] | None = None
     problem: str = ""
     longest_pause_s: float = 0.0
+    resumed_at: float = 0.0
+    """When the longest pause was over."""
 
 
 def streams_of(number: int, vocab_size: int, max_tokens: int, seed: int) -> list[Stream]:
@@ -152,7 +154,8 @@ async def ask(client: httpx.AsyncClient, stream: Stream) -> None:
                 for choice in event.get("choices", ()):
                     if ids := choice.get("token_ids"):
                         now = time.monotonic()
-                        stream.longest_pause_s = max(stream.longest_pause_s, now - (last_at or now))
+                        if now - (last_at or now) >= stream.longest_pause_s:
+                            stream.longest_pause_s, stream.resumed_at = now - (last_at or now), now
                         last_at = now
                         stream.received += ids
                 stream.usage = event.get("usage") or stream.usage
@@ -192,6 +195,7 @@ class Run:
         self.streams = streams
         self.report: dict[str, Any] = {}
         self._worker_arguments = worker_arguments
+        self._began_at = 0.0
         self._client = httpx.AsyncClient(
             base_url=url,
             headers={"authorization": f"Bearer {token}"},
@@ -207,7 +211,7 @@ class Run:
     async def run(self, workers: list[Node]) -> None:
         """Stream, kill one node, bring another, drain one, and wait for sleep."""
         doomed, noticed = workers
-        began_at = time.monotonic()
+        began_at = self._began_at = time.monotonic()
         asking = [asyncio.create_task(ask(self._client, stream)) for stream in self.streams]
         await reach(self.streams, 0.0001)
         self.report["first_token_s"] = round(time.monotonic() - began_at, 2)
@@ -216,6 +220,7 @@ class Run:
         self.report["killed"]["num_processes"] = doomed.kill()
         self._say(f"killed {self.report['killed']['num_processes']} processes of node {doomed.name}")
         await self.start_worker("d")
+        self._say("node d has joined")
         await reach(self.streams, 0.55)
         self.report["drained"] = self._state(noticed)
         noticed.notice.write_text(json.dumps({"kind": "interruption", "seconds_left": NOTICE_S}))
@@ -224,6 +229,7 @@ class Run:
         taken = asyncio.create_task(self._take_away(noticed, noticed_at))
         await asyncio.wait_for(asyncio.gather(*asking), TIMEOUT_S)
         self.report["streams_s"] = round(time.monotonic() - began_at, 2)
+        self.report["pauses"] = self._pauses()
         self._say("all streams ended")
         await taken
         await self._sleep_and_wake()
@@ -253,8 +259,17 @@ class Run:
         open_streams = sum(stream.usage is None for stream in self.streams)
         return {"node": node.name, "num_open_streams": open_streams, "num_processes": len(node.pids())}
 
+    def _pauses(self) -> list[str]:
+        """Return the longest pauses, each with when it began and ended."""
+        longest = sorted(self.streams, key=lambda stream: -stream.longest_pause_s)[:5]
+        return [
+            f"{one.request_id} ({one.function}): {one.longest_pause_s:.1f} s, "
+            f"{one.resumed_at - one.longest_pause_s - self._began_at:.1f} to {one.resumed_at - self._began_at:.1f} s"
+            for one in longest
+        ]
+
     def _say(self, text: str) -> None:
-        print(f"  {text}", flush=True)
+        print(f"  {time.monotonic() - self._began_at:5.1f} s: {text}", flush=True)
 
 
 def judge(streams: list[Stream], records: list[UsageRecord]) -> dict[str, Any]:

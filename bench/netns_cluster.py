@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import signal
@@ -14,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 BRIDGE = "plbr0"
+NAMESPACE = "pl-"
+LOCK = Path(tempfile.gettempdir()) / "pilotlight-netns.lock"
 SUBNET = "10.88.7"
 HEAD_PORT = 6379
 SERVE_PORT = 8000
@@ -47,7 +50,7 @@ class Node:
     def __init__(self, cluster: Cluster, name: str, number: int) -> None:
         self.name = name
         self.address = f"{SUBNET}.{number}"
-        self.namespace = f"pl-{name}"
+        self.namespace = f"{NAMESPACE}{name}"
         self.notice = cluster.folder / f"notice-{name}"
         self._cluster = cluster
         self._process: subprocess.Popen[bytes] | None = None
@@ -63,11 +66,13 @@ class Node:
                                        f"--object-store-memory={OBJECT_STORE_BYTES}", "--disable-usage-stats",
                                        *arguments)  # fmt: skip
             ends_at = time.monotonic() + START_TIMEOUT_S
-            while self._process.poll() is None and time.monotonic() < ends_at:
+            while self._process.poll() is None and time.monotonic() < ends_at and not self._cluster.ending:
                 if self.address in self._cluster.living_addresses():
                     return
                 time.sleep(0.5)
             self.kill()
+            if self._cluster.ending:
+                break
         raise RuntimeError(f"node {self.name} does not start; see {self._cluster.folder}/{self.name}.log")
 
     def popen(self, *command: str) -> subprocess.Popen[bytes]:
@@ -81,18 +86,14 @@ class Node:
 
     def pids(self) -> list[int]:
         """Return all processes that run on this machine."""
-        done = subprocess.run(["ip", "netns", "pids", self.namespace], capture_output=True, text=True)
-        return [int(pid) for pid in done.stdout.split()]
+        return pids_of(self.namespace)
 
     def kill(self) -> int:
         """kill -9 everything on this machine, at once; return how many processes that were."""
-        pids = self.pids()
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        num_processes = kill_all(self.namespace)
         if self._process is not None:
             self._process.wait()
-        return len(pids)
+        return num_processes
 
 
 class Cluster:
@@ -101,6 +102,7 @@ class Cluster:
     def __init__(self, folder: Path, python: str) -> None:
         self.folder = folder
         self.python = python
+        self.ending = False
         self.ray = str(Path(python).with_name("ray"))
         self.nodes: list[Node] = []
 
@@ -153,6 +155,20 @@ class Cluster:
             return set()
 
 
+def pids_of(namespace: str) -> list[int]:
+    done = subprocess.run(["ip", "netns", "pids", namespace], capture_output=True, text=True)
+    return [int(pid) for pid in done.stdout.split()]
+
+
+def kill_all(namespace: str) -> int:
+    """kill -9 everything in a namespace, at once; return how many processes that were."""
+    pids = pids_of(namespace)
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return len(pids)
+
+
 def ip(*arguments: str) -> None:
     done = subprocess.run(["ip", *arguments], capture_output=True, text=True)
     if done.returncode != 0:
@@ -161,27 +177,79 @@ def ip(*arguments: str) -> None:
 
 @contextlib.contextmanager
 def cluster(python: str) -> Iterator[Cluster]:
-    """Make a network of machines, and take all of it away again.
+    """Make a network of machines, and take all of it away again, also when SIGTERM ends the program.
+
+    What a run left that was killed is taken away first. There is one such network on a machine.
 
     Raises:
-        Unable: that is not allowed here.
+        Unable: that is not allowed here, or another program has one.
     """
     if os.geteuid() != 0 or shutil.which("ip") is None:
         raise Unable("network namespaces need root and the program ip")
-    folder = Path(tempfile.mkdtemp(prefix="plr-"))
-    found = Cluster(folder, python)
+    with _alone():
+        sweep()
+        found = Cluster(Path(tempfile.mkdtemp(prefix="plr-")), python)
+        with _ended_by_sigterm(found):
+            try:
+                ip("link", "add", BRIDGE, "type", "bridge")
+                ip("addr", "add", f"{SUBNET}.1/24", "dev", BRIDGE)
+                ip("link", "set", BRIDGE, "up")
+                yield found
+            finally:
+                failed = sys.exc_info()[0] not in (None, SystemExit)
+                found.ending = True
+                for node in reversed(found.nodes):
+                    node.kill()
+                sweep()
+                if not failed and "KEEP_CLUSTER_LOGS" not in os.environ:
+                    shutil.rmtree(found.folder, ignore_errors=True)
+
+
+def namespaces() -> list[str]:
+    """Return the namespaces that are machines of ours."""
+    done = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True)
+    return [line.split()[0] for line in done.stdout.splitlines() if line.startswith(NAMESPACE)]
+
+
+def sweep() -> None:
+    """Take away all machines and the network between them."""
+    for namespace in namespaces():
+        kill_all(namespace)
+        for command in (("link", "del", f"plv-{namespace.removeprefix(NAMESPACE)}"), ("netns", "del", namespace)):
+            with contextlib.suppress(Unable):
+                ip(*command)
+    with contextlib.suppress(Unable):
+        ip("link", "del", BRIDGE)
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Hold the machine's one network.
+
+    Raises:
+        Unable: another program has it.
+    """
+    with LOCK.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Unable("another cluster of network namespaces runs on this machine") from None
+        yield
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm(found: Cluster) -> Iterator[None]:
+    """Have SIGTERM end the program in order: its machines first, so that nothing waits for them any more."""
+
+    def end(number: int, _: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        found.ending = True
+        for node in found.nodes:
+            kill_all(node.namespace)
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
     try:
-        ip("link", "add", BRIDGE, "type", "bridge")
-        ip("addr", "add", f"{SUBNET}.1/24", "dev", BRIDGE)
-        ip("link", "set", BRIDGE, "up")
-        yield found
+        yield
     finally:
-        for node in reversed(found.nodes):
-            node.kill()
-            for command in (("link", "del", f"plv-{node.name}"), ("netns", "del", node.namespace)):
-                with contextlib.suppress(Unable):
-                    ip(*command)
-        with contextlib.suppress(Unable):
-            ip("link", "del", BRIDGE)
-        if sys.exc_info()[0] is None and "KEEP_CLUSTER_LOGS" not in os.environ:
-            shutil.rmtree(folder, ignore_errors=True)
+        signal.signal(signal.SIGTERM, before)
