@@ -260,8 +260,8 @@ class Run:
         return {"node": node.name, "num_open_streams": open_streams, "num_processes": len(node.pids())}
 
     def _pauses(self) -> list[str]:
-        """Return the longest pauses, each with when it began and ended."""
-        longest = sorted(self.streams, key=lambda stream: -stream.longest_pause_s)[:5]
+        """Return the longest pause, and every sixth after it, each with when it began and ended."""
+        longest = sorted(self.streams, key=lambda stream: -stream.longest_pause_s)[:30:6]
         return [
             f"{one.request_id} ({one.function}): {one.longest_pause_s:.1f} s, "
             f"{one.resumed_at - one.longest_pause_s - self._began_at:.1f} to {one.resumed_at - self._began_at:.1f} s"

@@ -36,6 +36,9 @@ from ray_mix import ON_DEMAND, SPOT
 LOOK_AHEAD = 1
 SIGNALS_INTERVAL_S = 0.5
 SIGNALS_WINDOW_S = 1.0
+HEALTH_CHECK_PERIOD_S = 2.0
+"""Serve learns by its next health check that a replica has died, and only then starts another one."""
+
 APPLICATION = "pilotlight"
 
 
@@ -162,6 +165,7 @@ def _engines(pool: str, names: tuple[str, ...], settings: Settings) -> dict[str,
             name=name,
             max_ongoing_requests=num_slots + LOOK_AHEAD,
             graceful_shutdown_timeout_s=settings.host.drain_timeout_s,
+            health_check_period_s=HEALTH_CHECK_PERIOD_S,
             autoscaling_config=scaling,
             request_router_config=RequestRouterConfig(request_router_class="ray_router:PrefixRouter"),
             ray_actor_options={"num_cpus": cluster.replica_cpus, "resources": {**cluster.replica_resources, **where}},
