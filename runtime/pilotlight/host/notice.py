@@ -233,7 +233,8 @@ async def watch(sources: Sequence[NoticeSource], on_notice: Callable[[Notice], N
     def tell(notice: Notice) -> None:
         if notice.kind not in told:
             told.add(notice.kind)
-            logger.warning("%s notice from %s: %.0f s left", notice.kind, notice.source, notice.seconds_left)
+            level = logging.INFO if notice.source == ToldNotices.name else logging.WARNING  # who told it, knows it
+            logger.log(level, "%s notice from %s: %.0f s left", notice.kind, notice.source, notice.seconds_left)
             on_notice(notice)
 
     async with asyncio.TaskGroup() as tasks:
