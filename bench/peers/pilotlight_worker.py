@@ -13,6 +13,7 @@ from pathlib import Path
 from line_protocol import Load, TokenIds, serve
 
 from pilotlight.artifact import open_artifact
+from pilotlight.config import FunctionSettings
 from pilotlight.engine.engine import Engine, Event
 from pilotlight.engine.policy import Policy
 from pilotlight.engine.session import OnnxSession
@@ -20,17 +21,18 @@ from pilotlight.request import SamplingParams, Sequence
 
 PACKAGES = ("pilotlight", "onnxruntime")
 ANSWER_TIMEOUT_S = 300
+SETTINGS = FunctionSettings(artifact="", prefix_cache_mb=0, speculation="off")
 
 
 class PilotlightGenerator:
-    """An engine as a replica has it, without prompt cache and drafts."""
+    """An engine as a replica has it, prompt cache and drafts off."""
 
     def __init__(self, load: Load) -> None:
         cache_dir = Path(load.options["cache_dir"])
         artifact = open_artifact(load.model)
         session = OnnxSession(artifact, load.num_slots, load.max_context_tokens, load.num_threads, cache_dir)
         self._steps: queue.SimpleQueue[tuple[float, list[Event]]] = queue.SimpleQueue()
-        self._engine = Engine(session, self._emit, Policy(prefix_cache_bytes=0, speculates=False))
+        self._engine = Engine(session, self._emit, Policy.from_settings(SETTINGS))
         self._engine.start()
         self._names = map(str, itertools.count())
 
