@@ -24,7 +24,8 @@ def table(result: Result) -> str:
         f" ({', '.join(result.machine['instructions'])}). {_bandwidth_line(result)}",
         "",
         "Median (lowest–highest) of the rounds. Ratios are paired by round: our server's to the best four-bit server's,"
-        " and our engine's to the best four-bit library's, which don't pass HTTP. What is asked is asked of both.",
+        " and our engine's to the best four-bit library's, which don't pass HTTP. What is asked is asked of both;"
+        " with several streams, of the server.",
         "",
         "| Row | rounds | " + " | ".join(peers) + " | best server | ratio | best library | ratio | asked | |",
         "|---" * (len(peers) + 8) + "|",
@@ -46,7 +47,8 @@ def _line(result: Result, peers: list[str], figure: Figure, by_peer: dict[str, V
     server, to_server = _compared(result, OURS, figure, by_peer)
     library, to_library = _compared(result, OUR_ENGINE, figure, by_peer)
     asked = dict(figure.asked).get(result.shape)
-    verdict = _verdict([ratios for ratios in (to_server, to_library) if ratios], asked, figure)
+    judged = (to_server,) if figure.over_http else (to_server, to_library)
+    verdict = _verdict([ratios for ratios in judged if ratios], asked, figure)
     rest = [server, _spread([*to_server], 2), library, _spread([*to_library], 2), _asked(asked, figure), verdict]
     return _row(figure.title, cells, rest)
 

@@ -26,13 +26,17 @@ class Measured:
 
 @dataclass(frozen=True)
 class Figure:
-    """A number that is compared; the ratio asked is ours over the best peer's, for each shape."""
+    """A number that is compared; the ratio asked is ours over the best peer's, for each shape.
+
+    What is asked ``over_http`` is asked of the server alone: libraries have none.
+    """
 
     name: str
     unit: str
     value: Callable[[Measured], float]
     better: Literal["more", "less", "neither"] = "more"
     asked: tuple[tuple[str, float], ...] = ()
+    over_http: bool = False
 
     @property
     def title(self) -> str:
@@ -78,12 +82,13 @@ def _single(context: int, asked: tuple[tuple[str, float], ...], *more: Figure) -
 
 def _streams(number: int, steady: float, total: float, qwen: float, memory: tuple[tuple[str, float], ...]) -> Workload:
     name = f"{number} streams"
+    asked_steady, asked_total = _asked(steady, qwen), _asked(total, qwen)
     figures = (
-        Figure(f"{name}, steady decode", "tok/s", lambda m: steady_tokens_per_s(m.answers), asked=_asked(steady, qwen)),
+        Figure(f"{name}, steady decode", "tok/s", lambda m: steady_tokens_per_s(m.answers), "more", asked_steady, True),
         Figure(
-            f"{name}, prefill included", "tok/s", lambda m: total_tokens_per_s(m.answers), asked=_asked(total, qwen)
+            f"{name}, prefill included", "tok/s", lambda m: total_tokens_per_s(m.answers), "more", asked_total, True
         ),
-        Figure(f"{name}, peak anonymous memory", "MiB", lambda m: m.memory.anonymous_mib, "less", memory),
+        Figure(f"{name}, peak anonymous memory", "MiB", lambda m: m.memory.anonymous_mib, "less", memory, True),
         Figure(f"{name}, mapped memory beside it", "MiB", lambda m: m.memory.mapped_mib, "neither"),
     )
     return Workload(f"streams-{number}", number, 128, 64, figures)
