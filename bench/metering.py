@@ -1,9 +1,10 @@
-"""What metering costs: the throughput of many streams in one process with the ledger, and without any.
+"""What metering costs: the throughput of many streams with the ledger, and without any.
 
-    python bench/metering.py ARTIFACT [--streams 100] [--tokens 200] [--rounds 9]
+    python bench/metering.py ARTIFACT [--streams 100] [--tokens 200] [--rounds 9] [--server]
 
-The rounds take turns, so that what else the machine does falls on all of them alike. The smaller the model, the more
-tokens there are to meter in a second, and the more metering weighs.
+With ``--server``, the streams go over HTTP to two servers which both stay, and else to an engine in this process. The
+rounds take turns, so that what else the machine does falls on all of them alike; every other round goes backwards. The
+smaller the model, the more tokens there are to meter in a second, and the more metering weighs.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TypeVar
 
 from pilotlight.artifact import open_artifact
 from pilotlight.engine.backend import EngineBackend
@@ -32,7 +35,10 @@ from pilotlight.metering.prices import PriceTable
 from pilotlight.metering.record import Admission, UsageRecord, final_record, utc_text
 from pilotlight.metering.usage import Timings, Usage
 from pilotlight.request import FinishReason
+from serving_cost import PILOTLIGHT, Cost, ask, serve
+from serving_cost import measure as measure_server
 
+T = TypeVar("T")
 PROMPT_IDS = tuple(range(10, 42))
 PRICES = PriceTable.from_config({"prompt_per_million_tokens": "0.1", "completion_per_million_tokens": "0.4"})
 
@@ -45,7 +51,7 @@ class NoLedger:
     async def admit(self, admission: Admission, claim: Claim | None = None) -> Admitted:
         return Admitted()
 
-    def note(self, request_id: str, mark: Mark) -> None:
+    def note(self, marks: Mapping[str, Mark]) -> None:
         pass
 
     async def checkpoint(self, request_id: str, usage: Usage) -> None:
@@ -91,8 +97,7 @@ async def cpu_s_per_token(ledger: Ledger, label: str, num_streams: int, num_toke
     began_at = time.process_time()
     await asyncio.gather(*(ledger.admit(each) for each in admissions))
     for token in range(num_tokens):
-        for each in admissions:
-            ledger.note(each.request_id, Mark(len(PROMPT_IDS), 0, token, token))
+        ledger.note({each.request_id: Mark(len(PROMPT_IDS), 0, token, token) for each in admissions})
         if token % ledger.checkpoint_tokens == 0:
             await asyncio.gather(*(ledger.checkpoint(each.request_id, usage) for each in admissions))
     records = (final_record(each, usage, Timings(), FinishReason.LENGTH) for each in admissions)
@@ -133,7 +138,7 @@ async def measure(
             }
             backend.start()
             for number in range(num_rounds + 1):
-                for name, function in functions.items():
+                for name, function in in_turns(functions, number):
                     key_id = key.key_id if name == "metered, with a key" else None
                     speed = await tokens_per_s(function, f"{name}-{number}", num_streams, num_tokens, key_id)
                     if number > 0:  # the first round warms up
@@ -146,19 +151,54 @@ async def measure(
     return found, alone
 
 
+def in_turns(found: Mapping[str, T], number: int) -> list[tuple[str, T]]:
+    """Return what a round asks, in its order."""
+    return [*found.items()][:: 1 if number % 2 else -1]
+
+
+def measure_servers(path: Path, num_streams: int, num_tokens: int, num_rounds: int) -> dict[str, list[Cost]]:
+    """Return what every round cost over HTTP, by a server without metering and one with it."""
+    unmetered = (str(Path(__file__).with_name("unmetered_server.py")),)
+    found: dict[str, list[Cost]] = {"unmetered": [], "metered": []}
+    with serve(path, num_streams, unmetered) as without, serve(path, num_streams, PILOTLIGHT) as metered:
+        servers = {"unmetered": without, "metered": metered}
+        for server in servers.values():
+            ask(server.port, num_streams, num_tokens)  # warms up
+        for number in range(num_rounds):
+            for name, server in in_turns(servers, number):
+                found[name].append(measure_server(server, num_streams, num_tokens))
+    return found
+
+
+def report(found: Mapping[str, list[float]]) -> None:
+    for name, speeds in found.items():
+        pairs = zip(found["unmetered"], speeds, strict=True)
+        costs = sorted(1 - metered / unmetered for unmetered, metered in pairs)
+        spread = f"{min(speeds):,.0f} to {max(speeds):,.0f}"
+        print(
+            f"{name:<20} {statistics.median(speeds):>10,.0f} tokens/s ({spread}), "
+            f"costs {statistics.median(costs):6.2%} ({costs[0]:.1%} to {costs[-1]:.1%})"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--streams", type=int, default=100)
     parser.add_argument("--tokens", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--server", action="store_true", help="measure two servers over HTTP")
     options = parser.parse_args()
+    if options.server:
+        costs = measure_servers(options.artifact, options.streams, options.tokens, options.rounds)
+        report({name: [cost.total_tokens_per_s for cost in of] for name, of in costs.items()})
+        for name, of in costs.items():
+            print(
+                f"{name}: {statistics.median(cost.host_us for cost in of):.1f} µs of the host's processor time a token"
+            )
+        return
     found, alone = asyncio.run(measure(options.artifact, options.streams, options.tokens, options.rounds))
-    for name, speeds in found.items():
-        pairs = zip(found["unmetered"], speeds, strict=True)
-        cost = statistics.median(1 - metered / unmetered for unmetered, metered in pairs)
-        spread = f"{min(speeds):,.0f} to {max(speeds):,.0f}"
-        print(f"{name:<20} {statistics.median(speeds):>10,.0f} tokens/s ({spread}), costs {cost:6.2%}")
+    report(found)
     share = statistics.median(alone) * statistics.median(found["unmetered"])
     print(f"by itself, metering takes {statistics.median(alone) * 1e6:.1f} µs of processor time a token:")
     print(f"{share:.2%} of one core at the unmetered throughput, {share / (os.cpu_count() or 1):.2%} of this machine")

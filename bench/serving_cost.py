@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,19 +23,21 @@ from typing import Any
 
 from cold_start import children, free_port
 from http_client import Event, stream_all
-from measure import Stream, steady_tokens_per_s
+from measure import Stream, steady_tokens_per_s, total_tokens_per_s
 
 PROMPT = list(range(5, 37))
+PILOTLIGHT = ("-m", "pilotlight")
 
 
 @dataclass(frozen=True)
 class Cost:
-    """One round: microseconds of processor time a token, and the speed while all streams decoded."""
+    """One round: microseconds of processor time a token, and the speed: while all streams decoded, and in all."""
 
     host_us: float
     replica_us: float
     client_us: float
     tokens_per_s: float
+    total_tokens_per_s: float
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Server:
 
 
 @contextmanager
-def serve(artifact: Path, num_slots: int) -> Iterator[Server]:
+def serve(artifact: Path, num_slots: int, program: Sequence[str] = PILOTLIGHT) -> Iterator[Server]:
     """Serve an artifact with so many slots, and have its replica started."""
     with tempfile.TemporaryDirectory() as directory:
         port = free_port()
@@ -59,7 +61,7 @@ def serve(artifact: Path, num_slots: int) -> Iterator[Server]:
             f"[functions.bench]\nartifact = {json.dumps(str(artifact))}\nmin_replicas = 1\nnum_slots = {num_slots}\n"
             "prefix_cache_mb = 0\n"
         )
-        command = [sys.executable, "-m", "pilotlight", "serve", "--config", str(config)]
+        command = [sys.executable, *program, "serve", "--config", str(config)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             while "serving" not in process.stdout.readline():
@@ -86,7 +88,7 @@ def measure(server: Server, num_streams: int, num_tokens: int) -> Cost:
     count = sum(len(answer.token_times) for answer in answers)
     assert count == num_streams * num_tokens, count
     host, replica, client = ((b - a) / count * 1e6 for a, b in zip(before, after, strict=True))
-    return Cost(host, replica, client, steady_tokens_per_s(answers))
+    return Cost(host, replica, client, steady_tokens_per_s(answers), total_tokens_per_s(answers))
 
 
 def _num_tokens(event: Event) -> int:

@@ -12,6 +12,7 @@ import msgspec
 
 from pilotlight.request import FinishReason, TokenEvent, TokenLogprobs
 from pilotlight.text.detokenizer import TextStream
+from pilotlight.text.reasoning import ReasoningCount
 from pilotlight.text.tokenizer import Tokenizer
 from pilotlight.text.tool_calls import Parsed, ToolCallParser
 from pilotlight.text.tool_calls import ToolCallDelta as ToolCallDelta
@@ -87,6 +88,7 @@ class ChoiceStream:
         stop_ids: frozenset[int],
         text: TextStream,
         calls: ToolCallParser | None = None,
+        reasoning: ReasoningCount | None = None,
     ) -> None:
         self.index = index
         self.sequence_id = sequence_id
@@ -97,7 +99,18 @@ class ChoiceStream:
         self._stop_ids = stop_ids
         self._text = text
         self._calls = calls
+        self._reasoning = reasoning
         self._last_at: float | None = None
+
+    @property
+    def num_reasoning_tokens(self) -> int:
+        """How many of the tokens that were generated here the model thought aloud."""
+        return 0 if self._reasoning is None else self._reasoning.num_tokens
+
+    def count(self, token_id: int) -> None:
+        """Count a token that was generated here."""
+        if self._reasoning is not None:
+            self._reasoning.push(token_id)
 
     def gap_s(self, event: TokenEvent) -> float | None:
         """Return the seconds since the choice's previous token, None for its first."""

@@ -32,10 +32,10 @@ class Disk:
                 raise FULL
             await write(apply)
 
-        def mark(offset: int, content: bytes) -> None:
+        def mark(first: int, last: int) -> None:
             if self.full:
                 raise FULL
-            pwrite(offset, content)
+            pwrite(first, last)
 
         monkeypatch.setattr(api.ledger._commits, "write", commit)
         monkeypatch.setattr(api.ledger._marks, "_write", mark)

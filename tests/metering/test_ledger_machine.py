@@ -72,7 +72,7 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(request_id=request_ids, num_tokens=st.integers(1, MAX_NEW))
     def note(self, request_id: str, num_tokens: int) -> None:
         if request_id in self.open:
-            self.ledger.note(request_id, Mark(PROMPT, 0, num_tokens, 0))
+            self.ledger.note({request_id: Mark(PROMPT, 0, num_tokens, 0)})
             self.open[request_id] = num_tokens
 
     @rule(request_id=request_ids, num_tokens=st.integers(0, MAX_NEW))

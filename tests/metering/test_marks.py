@@ -29,8 +29,8 @@ marks = Marks(Path(sys.argv[1]))
 for request_id in "abc":
     marks.open(request_id)
 for number in range(1000):
-    marks.note("a", Mark(4, 1, number, number))
-marks.note("b", Mark(4, 0, 7, 7))
+    marks.note({"a": Mark(4, 1, number, number)})
+marks.note({"b": Mark(4, 0, 7, 7)})
 marks.close("b")
 os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -52,8 +52,8 @@ def test_a_crashed_record_holds_what_was_noted_after_the_last_checkpoint(tmp_pat
         for request_id in "ab":
             asyncio.run(ledger.admit(admission(request_id, None)))
             asyncio.run(ledger.checkpoint(request_id, Usage(PROMPT, cached_tokens=2, completion_tokens=2)))
-        ledger.note("a", Mark(PROMPT, 2, 5, 40))
-        ledger.note("b", Mark(PROMPT, 2, 1, 10))
+        ledger.note({"a": Mark(PROMPT, 2, 5, 40)})
+        ledger.note({"b": Mark(PROMPT, 2, 1, 10)})
     with Ledger(path) as ledger:
         a, b = ledger.get("a"), ledger.get("b")
     assert a is not None
@@ -67,7 +67,7 @@ def test_marks_of_a_process_that_lives_are_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "usage.db"
     with Ledger(path) as one:
         asyncio.run(one.admit(admission("a", None)))
-        one.note("a", Mark(PROMPT, 0, 3, 0))
+        one.note({"a": Mark(PROMPT, 0, 3, 0)})
         with Ledger(path) as two:
             asyncio.run(two.admit(admission("b", None)))
             with pytest.raises(RequestIdInUse):
@@ -83,7 +83,7 @@ def test_slots_are_used_again_and_a_clean_end_leaves_no_file(tmp_path: Path) -> 
     with Ledger(path) as ledger:
         for number in range(100):
             asyncio.run(ledger.admit(admission(f"{number}", None)))
-            ledger.note(f"{number}", Mark(PROMPT, 0, 1, 0))
+            ledger.note({f"{number}": Mark(PROMPT, 0, 1, 0)})
             asyncio.run(ledger.finish(ended(admission(f"{number}", None), 1)))
         (file,) = tmp_path.glob("usage.db.marks-*")
         assert file.stat().st_size == 48
@@ -96,38 +96,71 @@ def test_after_the_end_nothing_is_written_into_another_file(tmp_path: Path) -> N
     marks.end()
     other = os.open(tmp_path / "other", os.O_RDWR | os.O_CREAT)
     with pytest.raises(LedgerUnavailable, match="closed"):
-        marks.note("a", Mark(1, 1, 1, 1))
+        marks.note({"a": Mark(1, 1, 1, 1)})
     marks.close("a")
     assert os.fstat(other).st_size == 0
     os.close(other)
 
 
+def test_what_a_step_emitted_is_one_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    marks = Marks(tmp_path / "usage.db")
+    for request_id in "abcd":
+        marks.open(request_id)
+    writes: list[int] = []
+    pwrite = os.pwrite
+
+    def count(file: int, content: bytes, offset: int) -> int:
+        writes.append(len(content))
+        return pwrite(file, content, offset)
+
+    monkeypatch.setattr(os, "pwrite", count)
+    marks.note({"b": Mark(1, 1, 1, 1), "d": Mark(2, 2, 2, 2)})
+    assert writes == [3 * 48]
+    marks.end()
+    left = LeftMarks(tmp_path / "usage.db")
+    assert [left.get(each).completion_tokens for each in "abcd"] == [0, 1, 0, 2]
+
+
+def test_what_is_not_open_cannot_be_noted(tmp_path: Path) -> None:
+    marks = Marks(tmp_path / "usage.db")
+    with pytest.raises(LedgerUnavailable, match="'a'"):
+        marks.note({"a": Mark(1, 1, 1, 1)})
+    marks.end()
+
+
 @settings(deadline=None, max_examples=50)
 @given(
     st.lists(
-        st.tuples(st.sampled_from(["open", "note", "close"]), st.sampled_from("abcd"), st.integers(1, 2**40)),
+        st.tuples(
+            st.sampled_from(["open", "note", "close"]),
+            st.sets(st.sampled_from("abcd"), min_size=1),
+            st.integers(1, 2**40),
+        ),
         max_size=40,
     ),
     st.integers(0, 47),
 )
 def test_any_order_of_steps_leaves_the_last_note_of_what_is_open(
-    steps: list[tuple[str, str, int]], num_torn_bytes: int
+    steps: list[tuple[str, set[str], int]], num_torn_bytes: int
 ) -> None:
     """A slot that was being added when the process was killed may be torn; the others are not."""
     expected: dict[str, Mark] = {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "usage.db"
         marks = Marks(path)
-        for step, request_id, count in steps:
+        for step, request_ids, count in steps:
             if step == "open":
-                assert marks.open(request_id) == (request_id not in expected)
-                expected.setdefault(request_id, Mark())
-            elif step == "note" and request_id in expected:
-                expected[request_id] = Mark(count, count, count, count)
-                marks.note(request_id, expected[request_id])
+                for request_id in sorted(request_ids):
+                    assert marks.open(request_id) == (request_id not in expected)
+                    expected.setdefault(request_id, Mark())
+            elif step == "note" and (noted := request_ids & expected.keys()):
+                of_step = dict.fromkeys(noted, Mark(count, count, count, count))
+                marks.note(of_step)
+                expected |= of_step
             elif step == "close":
-                marks.close(request_id)
-                expected.pop(request_id, None)
+                for request_id in request_ids:
+                    marks.close(request_id)
+                    expected.pop(request_id, None)
         (file,) = path.parent.glob("usage.db.marks-*")
         with file.open("ab") as torn:
             torn.write(b"x" * num_torn_bytes)

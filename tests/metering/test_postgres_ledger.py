@@ -63,7 +63,7 @@ def expire(url: str, ledger: PostgresLedger) -> None:
 async def admit_and_use(ledger: PostgresLedger, request_id: str, num_tokens: int) -> None:
     await ledger.admit(admission(request_id, None))
     await ledger.checkpoint(request_id, Usage(PROMPT, completion_tokens=num_tokens))
-    ledger.note(request_id, Mark(PROMPT, 0, num_tokens + 1, 0))
+    ledger.note({request_id: Mark(PROMPT, 0, num_tokens + 1, 0)})
 
 
 def end_of(ledger: PostgresLedger, request_id: str) -> tuple[FinishReason, int] | None:
@@ -90,7 +90,7 @@ class TestLease:
         there.beat()
         here.beat()
         with pytest.raises(LedgerUnavailable, match="closed by another host"):
-            here.note("a", Mark(PROMPT, 0, 5, 0))
+            here.note({"a": Mark(PROMPT, 0, 5, 0)})
         for late in (here.checkpoint("a", Usage()), here.finish(ended(admission("a", None), 5))):
             with pytest.raises(RequestNotFound):
                 asyncio.run(late)
@@ -102,7 +102,7 @@ class TestLease:
         asyncio.run(admit_and_use(here, "a", 3))
         expire(url, here)
         here.beat()
-        here.note("a", Mark(PROMPT, 0, 5, 0))
+        here.note({"a": Mark(PROMPT, 0, 5, 0)})
         asyncio.run(here.finish(ended(admission("a", None), 5)))
         assert end_of(here, "a") == (FinishReason.STOP, 5)
 
@@ -171,7 +171,7 @@ class TestServer:
                 reader.get("before")
             with pytest.raises(FAILURES):
                 ledger.beat()
-            ledger.note("before", Mark(PROMPT, 0, 2, 0))  # within the lease, what runs goes on
+            ledger.note({"before": Mark(PROMPT, 0, 2, 0)})  # within the lease, what runs goes on
             other_server.start()
             ledger.beat()
             asyncio.run(ledger.finish(ended(admission("before", None), 2)))
@@ -184,7 +184,7 @@ class TestServer:
         with pytest.raises(LedgerUnavailable, match="lease"):
             asyncio.run(here.admit(admission("b", None)))
         with pytest.raises(LedgerUnavailable, match="lease"):
-            here.note("a", Mark(PROMPT, 0, 2, 0))
+            here.note({"a": Mark(PROMPT, 0, 2, 0)})
 
     def test_no_server_is_one_line_without_the_password(self, tmp_path: Path) -> None:
         url = f"postgresql://me:secret@/db?host={tmp_path}"

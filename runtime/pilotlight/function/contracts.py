@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from typing import Protocol
 
@@ -40,8 +41,8 @@ class UsageLedger(Protocol):
     async def admit(self, admission: Admission, claim: Claim | None = None) -> Admitted:
         """Open an invocation, whose request id and claim must be new, within the limits of its key."""
 
-    def note(self, request_id: str, mark: Mark) -> None:
-        """Note what an open invocation has used so far, before any of it is delivered; must not block."""
+    def note(self, marks: Mapping[str, Mark]) -> None:
+        """Note what open invocations have used so far, before any of it is delivered; must not block."""
 
     async def checkpoint(self, request_id: str, usage: Usage) -> None:
         """Note what an open invocation has used so far."""

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pilotlight.artifact import Artifact
 from pilotlight.errors import Draining, RequestIdInUse
 from pilotlight.function.contracts import Backend, Observer, Prices, Unobserved, UsageLedger
+from pilotlight.function.delivery import Deliveries
 from pilotlight.function.invocation import Cut, Invocation
 from pilotlight.function.request import Request
 from pilotlight.function.run import Run
@@ -49,6 +50,7 @@ class Function:
         self.created_at_utc = datetime.now(UTC)
         self.replica_id = _new_replica_id(name)
         self.ledger = ledger
+        self.deliveries = Deliveries(ledger)
         self.observer: Observer = observer or Unobserved()
         self.provider = provider
         self.text_side = TextSide(artifact, texts, max_context_tokens, max_answer_tokens)

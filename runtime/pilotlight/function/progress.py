@@ -29,6 +29,7 @@ class Progress:
     finish: FinishReason = FinishReason.ERROR
     stop_detail: str | None = None
     checkpoint: asyncio.Task[None] | None = None
+    next_checkpoint_tokens: int = 1
     replica_id: str | None = None
     start: Start | None = None
     num_recomputed_tokens: int = 0
@@ -59,8 +60,7 @@ class Progress:
             self.start, self.cold_start_ms = event.start, event.start.waited_ms
 
     def mark(self, num_prompt_tokens: int) -> Mark:
-        """Return what was used up to now, for the note of a token."""
-        assert self.last_token_at is not None
+        """Return what was used up to now, for a note."""
         return Mark(num_prompt_tokens, self.num_cached_tokens, self.num_completion_tokens, self.busy_ms)
 
     @property
@@ -68,6 +68,16 @@ class Progress:
         """How long prefill and decode took up to now; reading again what was paid for does not count."""
         began_at = self.first_token_at if self.prompt_is_paid else self.prefill_started_at
         return 0 if began_at is None or self.last_token_at is None else round((self.last_token_at - began_at) * 1000)
+
+    def checkpoint_is_due(self, tokens_between: int) -> bool:
+        """Say whether to write one now: at the first token, and about every ``tokens_between`` after it."""
+        if self.num_completion_tokens < self.next_checkpoint_tokens:
+            return False
+        if self.checkpoint is not None and not self.checkpoint.done():
+            return False
+        num_whole = (self.num_completion_tokens - 1) // tokens_between
+        self.next_checkpoint_tokens = (num_whole + 1) * tokens_between + 1
+        return True
 
     def timings(self) -> Timings:
         """Return the stages' durations up to now."""
@@ -98,6 +108,7 @@ class Progress:
             completion_tokens=self.num_completion_tokens,
             delivered_tokens=invocation.num_delivered_tokens if left_early else self.num_completion_tokens,
             recomputed_tokens=self.num_recomputed_tokens,
+            reasoning_tokens=sum(stream.num_reasoning_tokens for stream in invocation.streams),
             migrations=self.num_migrations,
             busy_ms=self.busy_ms,
         )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from pilotlight.answer import ChoiceStream, overall_finish
+from pilotlight.answer import ChoiceStream, Delta, overall_finish
 from pilotlight.errors import (
     CapacityError,
     DeadlineExceeded,
@@ -27,6 +27,7 @@ from pilotlight.errors import (
 from pilotlight.function.invocation import Cut, Invocation, deadline
 from pilotlight.function.progress import Progress
 from pilotlight.mailbox import TokenStream
+from pilotlight.metering.marks import Mark
 from pilotlight.metering.record import Admission, UsageRecord, final_record, utc_text
 from pilotlight.metering.usage import Usage
 from pilotlight.request import FinishReason, Sequence, TokenEvent
@@ -49,6 +50,7 @@ class Run:
         self._invocation = invocation
         self._sequences = sequences
         self._events: list[TokenStream] | None = None
+        self._held: list[Delta] = []
         self._progress = Progress(request.received_at, invocation.submitted_at)
         self._progress.prompt_is_paid = request.is_paid
 
@@ -120,6 +122,7 @@ class Run:
         await asyncio.gather(
             *(self._follow(stream, of) for stream, of in zip(streams, self._events or [], strict=True))
         )
+        self._function.deliveries.release()
         progress.finish = overall_finish([self._invocation.finish(stream.index) for stream in streams])
         details = (stream.stop_detail for stream in streams if stream.finish is progress.finish)
         progress.stop_detail = next(details, None)
@@ -171,38 +174,43 @@ class Run:
         function, invocation, progress = self._function, self._invocation, self._progress
         if event.token_id is not None:
             progress.count(event)
+            stream.count(event.token_id)
             function.observer.token(function.name, stream.gap_s(event))
-            delta = stream.push(event, function.text_side.tokenizer)
-            if self._note():
-                invocation.push(delta)
+            self._hold(stream.push(event, function.text_side.tokenizer))
         if stream.finish is not None:
             function.backend.abort(stream.sequence_id)
         elif event.finish is FinishReason.CANCELLED and invocation.cut is not None:
             stream.finish, stream.stop_detail = FinishReason.DEADLINE, invocation.cut
             if invocation.request.seal is None:  # or what is held back belongs to the continuation
-                invocation.push(stream.cut())
+                self._hold(stream.cut())
         elif event.finish is not None:
             stream.finish, stream.stop_detail = event.finish, event.error
             progress.retry_after_s = event.retry_after_s
             progress.out_of_memory_retry_s = event.out_of_memory_retry_s
 
-    def _note(self) -> bool:
-        """Note a token before it is delivered, and return whether it may be.
+    def _hold(self, delta: Delta) -> None:
+        """Deliver a delta once what was used is noted."""
+        self._held.append(delta)
+        self._function.deliveries.hold(self._invocation.request.id, self)
+
+    @property
+    def mark(self) -> Mark:
+        """What the invocation has used."""
+        return self._progress.mark(self._invocation.num_prompt_tokens)
+
+    def deliver(self) -> None:
+        """Pass on what is noted, unless something else could not be metered.
 
         For the case that the whole machine crashes, a checkpoint is written at the first token and now and then after
         it, one at a time.
         """
-        invocation, progress, ledger = self._invocation, self._progress, self._function.ledger
-        try:
-            ledger.note(invocation.request.id, progress.mark(invocation.num_prompt_tokens))
-        except LedgerUnavailable as error:
-            self._end_unmetered(error)
-        if invocation.unmetered is not None:
-            return False
-        due = progress.num_completion_tokens % ledger.checkpoint_tokens == 1
-        if due and (progress.checkpoint is None or progress.checkpoint.done()):
-            progress.checkpoint = asyncio.create_task(self._checkpoint())
-        return True
+        deltas, self._held = self._held, []
+        if self._invocation.unmetered is not None:
+            return
+        for delta in deltas:
+            self._invocation.push(delta)
+        if self._progress.checkpoint_is_due(self._function.ledger.checkpoint_tokens):
+            self._progress.checkpoint = asyncio.create_task(self._checkpoint())
 
     async def _checkpoint(self) -> None:
         """Record what a crash of the machine would lose. The stream doesn't wait for it, but ends when it fails."""
@@ -210,9 +218,9 @@ class Run:
         try:
             await self._function.ledger.checkpoint(invocation.request.id, self._progress.usage(invocation))
         except LedgerUnavailable as error:
-            self._end_unmetered(error)
+            self.end_unmetered(error)
 
-    def _end_unmetered(self, error: LedgerUnavailable) -> None:
+    def end_unmetered(self, error: LedgerUnavailable) -> None:
         """End what can no longer be metered, within a step."""
         logger.error("invocation %s ends because %s", self._invocation.request.id, error.message)
         self._invocation.unmetered = error

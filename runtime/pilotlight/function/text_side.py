@@ -18,6 +18,7 @@ from pilotlight.request import SamplingParams, Sequence
 from pilotlight.text.chat_template import ChatTemplate, load_chat_template
 from pilotlight.text.detokenizer import TextStream
 from pilotlight.text.grammar import check_grammar
+from pilotlight.text.reasoning import ReasoningCount, ThinkMarkers
 from pilotlight.text.tokenizer import Tokenizer
 from pilotlight.text.tool_calls import ToolCallParser
 
@@ -54,6 +55,7 @@ class TextSide:
         self.tokenizer, self._template = texts.tokenizer, texts.template
         self._default_sampling = _default_sampling(artifact)
         self._stop_ids = frozenset(artifact.manifest.special_tokens.eos_ids)
+        self._think_markers = ThinkMarkers.of(self.tokenizer, self._stop_ids)
         self._vocab_size = artifact.manifest.shapes.vocab_size
         self._max_context_tokens = max_context_tokens
         self._max_answer_tokens = max_answer_tokens
@@ -119,7 +121,14 @@ class TextSide:
     async def _streams(self, request: Request, sequences: Items[Sequence]) -> list[ChoiceStream]:
         """Return what turns each sequence's tokens into text again; a continuation's is where it was cut off."""
         streams = [
-            ChoiceStream(index, sequence.id, sequence.stop_ids, self._text_stream(request), self._call_parser(request))
+            ChoiceStream(
+                index,
+                sequence.id,
+                sequence.stop_ids,
+                self._text_stream(request),
+                self._call_parser(request),
+                self._reasoning_count(sequence),
+            )
             for index, sequence in enumerate(sequences)
         ]
         if request.continues is not None:
@@ -137,6 +146,11 @@ class TextSide:
         if request.tools is None or not request.tools.offered:
             return None
         return ToolCallParser(self._template.tool_syntax, request.tools.names)
+
+    def _reasoning_count(self, sequence: Sequence) -> ReasoningCount | None:
+        if self._think_markers is None:
+            return None
+        return ReasoningCount(self._think_markers, sequence.prompt_ids + sequence.emitted_ids)
 
     def _checked_ids(self, token_ids: tuple[int, ...]) -> tuple[int, ...]:
         vocab_size = self._vocab_size

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import msgspec
@@ -86,7 +86,7 @@ class DynamoDbLedger:
             raise RequestIdInUse(admission.request_id)
         return Admitted()
 
-    def note(self, request_id: str, mark: Mark) -> None:
+    def note(self, marks: Mapping[str, Mark]) -> None:
         """Do nothing: no file outlives a sandbox. What a crash can leave unbilled is up to the checkpoints."""
 
     async def checkpoint(self, request_id: str, usage: Usage) -> None:

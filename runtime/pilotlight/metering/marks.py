@@ -1,8 +1,9 @@
 """How far each open invocation is, token by token, in a file that outlives a killed process.
 
-A token is noted here before it is delivered. The note is one small write into the system's page cache, without a sync:
-it survives the process, though not the machine, for which the ledger's checkpoints are. A file belongs to one process,
-which holds a lock on it; whoever closes what that process left open reads it and takes it away.
+A token is noted here before it is delivered, together with the other tokens of its step: by one write into the system's
+page cache, without a sync. It survives the process, though not the machine, for which the ledger's checkpoints are. A
+file belongs to one process, which holds a lock on it; whoever closes what that process left open reads it and takes it
+away.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import hashlib
 import os
 import secrets
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -35,7 +36,11 @@ class Mark(NamedTuple):
 
 
 class Marks:
-    """The marks of this process's invocations. A slot is written in full before it is used: noting needs no space."""
+    """The marks of this process's invocations. A slot is written in full before it is used: noting needs no space.
+
+    The whole content is in memory, too, so that one write brings every slot between the first and the last of a step.
+    A process that is killed in the middle of it leaves some slots as they were before: none of them was delivered yet.
+    """
 
     def __init__(self, ledger: Path) -> None:
         """Create a file beside the ledger.
@@ -51,7 +56,7 @@ class Marks:
             raise ConfigError(f"{self._path}: cannot be created ({error.strerror})") from error
         self._slots: dict[str, int] = {}
         self._free: list[int] = []
-        self._num_slots = 0
+        self._content = bytearray()
         self._ended = False
 
     def __contains__(self, request_id: object) -> bool:
@@ -70,25 +75,34 @@ class Marks:
         if request_id in self._slots:
             return False
         if not self._free:
-            self._free.append(self._num_slots)
-            self._num_slots += 1
-        self._write(self._free[-1] * _SLOT.size, _SLOT.pack(_digest(request_id), *Mark()))
+            self._free.append(len(self._content) // _SLOT.size)
+            self._content += _EMPTY
+        slot = self._free[-1]
+        _SLOT.pack_into(self._content, slot * _SLOT.size, _digest(request_id), *Mark())
+        self._write(slot, slot)
         self._slots[request_id] = self._free.pop()
         return True
 
-    def note(self, request_id: str, mark: Mark) -> None:
-        """Note how far an open invocation is.
+    def note(self, marks: Mapping[str, Mark]) -> None:
+        """Note how far open invocations are, by request id.
 
         Raises:
-            LedgerUnavailable: it could not be noted.
+            LedgerUnavailable: some of it could not be noted.
         """
-        self._write(self._slots[request_id] * _SLOT.size + _COUNTS_OFFSET, _COUNTS.pack(*mark))
+        try:
+            slots = [self._slots[request_id] for request_id in marks]
+        except KeyError as error:
+            raise LedgerUnavailable(f"no open invocation has the request id {error.args[0]!r}") from error
+        for slot, mark in zip(slots, marks.values(), strict=True):
+            _COUNTS.pack_into(self._content, slot * _SLOT.size + _COUNTS_OFFSET, *mark)
+        self._write(min(slots), max(slots))
 
     def close(self, request_id: str) -> None:
         """Forget an invocation, whose record is written or which was not admitted."""
         if (slot := self._slots.pop(request_id, None)) is not None:
+            self._content[slot * _SLOT.size : (slot + 1) * _SLOT.size] = _EMPTY
             with suppress(LedgerUnavailable):  # what is not open in the ledger is not looked for here
-                self._write(slot * _SLOT.size, _EMPTY)
+                self._write(slot, slot)
             self._free.append(slot)
 
     def end(self) -> None:
@@ -98,11 +112,13 @@ class Marks:
         if not self._slots:
             self._path.unlink(missing_ok=True)
 
-    def _write(self, offset: int, content: bytes) -> None:
+    def _write(self, first: int, last: int) -> None:
+        """Write the slots from the first to the last."""
         if self._ended:
             raise LedgerUnavailable("the usage ledger is closed")
+        content = self._content[first * _SLOT.size : (last + 1) * _SLOT.size]
         try:
-            written = os.pwrite(self._file, content, offset)
+            written = os.pwrite(self._file, content, first * _SLOT.size)
         except OSError as error:
             raise LedgerUnavailable(f"the usage ledger cannot be written ({error.strerror})") from error
         if written < len(content):

@@ -11,7 +11,7 @@ import hashlib
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -90,12 +90,12 @@ class PostgresLedger(SqlLedger):
         self._check_lease()
         return await super().admit(admission, claim)
 
-    def note(self, request_id: str, mark: Mark) -> None:
+    def note(self, marks: Mapping[str, Mark]) -> None:
         """As ``SqlLedger.note``; what was closed by others may not be delivered any more."""
         self._check_lease()
-        if request_id in self._lost:
-            raise LedgerUnavailable("the invocation was closed by another host")
-        super().note(request_id, mark)
+        if not self._lost.isdisjoint(marks):
+            raise LedgerUnavailable("an invocation was closed by another host")
+        super().note(marks)
 
     async def finish(self, record: UsageRecord) -> None:
         """As ``SqlLedger.finish``."""

@@ -8,7 +8,7 @@ Source: docs/architecture.md, "Metering".
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Self
 
 import msgspec
@@ -115,13 +115,13 @@ class SqlLedger:
         """
         await self._commits.write(lambda connection: keep(connection, request_id, answer))
 
-    def note(self, request_id: str, mark: Mark) -> None:
-        """Note what an open invocation has used so far, for the case that this process is killed.
+    def note(self, marks: Mapping[str, Mark]) -> None:
+        """Note what open invocations have used so far, by request id, for the case that this process is killed.
 
         Raises:
-            LedgerUnavailable: it could not be noted, so nothing of it may be delivered.
+            LedgerUnavailable: not all of it could be noted, so nothing of it may be delivered.
         """
-        self._marks.note(request_id, mark)
+        self._marks.note(marks)
 
     async def checkpoint(self, request_id: str, usage: Usage) -> None:
         """Record what an open invocation has used so far, for the case that the machine crashes.

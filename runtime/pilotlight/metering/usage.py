@@ -10,8 +10,9 @@ class Usage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     ``cached_tokens`` are those of ``prompt_tokens`` which were not computed again. ``delivered_tokens`` of the
     ``completion_tokens`` reached the client. ``recomputed_tokens`` were computed again after a preemption or a move and
-    are not charged, and ``migrations`` counts such moves. ``reasoning_tokens`` are part of the ``completion_tokens``.
-    ``busy_ms`` is the time in prefill and decode.
+    are not charged, and ``migrations`` counts such moves. ``reasoning_tokens`` are those of the ``completion_tokens``
+    that lie between the model's think markers; after a crash, those of the last checkpoint. ``busy_ms`` is the time in
+    prefill and decode.
     """
 
     prompt_tokens: int = 0

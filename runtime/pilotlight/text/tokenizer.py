@@ -65,6 +65,11 @@ class Tokenizer:
         """Return the text of a few ids that come often; see ``decode``."""
         return self._remembered(ids)
 
+    def id_of(self, text: str) -> int | None:
+        """Return the id of a text that is one token, or None."""
+        token_id: int | None = self._tokenizer.token_to_id(text)
+        return token_id
+
     def special_ids_of(self, texts: Iterable[str]) -> dict[str, int]:
         """Return the ids of those texts that are special tokens."""
         ids = {text: self._tokenizer.token_to_id(text) for text in texts}
