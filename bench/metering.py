@@ -1,6 +1,6 @@
-"""What metering costs: the throughput of many streams with the ledger, and without any.
+"""What metering costs: the throughput with many streams at all times with the ledger, and without any.
 
-    python bench/metering.py ARTIFACT [--streams 100] [--tokens 200] [--rounds 9] [--server]
+    python bench/metering.py ARTIFACT [--streams 100] [--tokens 200] [--rounds 20] [--server]
 
 With ``--server``, the streams go over HTTP to two servers which both stay, and else to an engine in this process. The
 rounds take turns, so that what else the machine does falls on all of them alike; every other round goes backwards. The
@@ -11,15 +11,19 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
+import uvloop
+
+from http_client import Response, exchange, token_times
 from pilotlight.artifact import open_artifact
 from pilotlight.engine.backend import EngineBackend
 from pilotlight.engine.policy import Policy
@@ -35,12 +39,20 @@ from pilotlight.metering.prices import PriceTable
 from pilotlight.metering.record import Admission, UsageRecord, final_record, utc_text
 from pilotlight.metering.usage import Timings, Usage
 from pilotlight.request import FinishReason
-from serving_cost import PILOTLIGHT, Cost, ask, serve
-from serving_cost import measure as measure_server
+from serving_cost import PILOTLIGHT, Server, body_of, num_tokens_of, process_cpu_s, serve
 
 T = TypeVar("T")
+SETTLE_S = 0.8
+WINDOW_S = 3.0
 PROMPT_IDS = tuple(range(10, 42))
 PRICES = PriceTable.from_config({"prompt_per_million_tokens": "0.1", "completion_per_million_tokens": "0.4"})
+
+
+class Cost(NamedTuple):
+    """One round of a server: microseconds of the host's processor time a token, and the speed."""
+
+    host_us: float
+    tokens_per_s: float
 
 
 class NoLedger:
@@ -67,12 +79,16 @@ class NoLedger:
         return None
 
 
-async def stream(function: Function, request_id: str, num_tokens: int, key_id: str | None) -> int:
+async def stream(function: Function, request_id: str, num_tokens: int, key_id: str | None) -> list[float]:
+    """Return when each token of one answer came, up to the cancellation of this task."""
     request = Request(
         id=request_id, token_ids=PROMPT_IDS, max_new_tokens=num_tokens, ignore_eos=True, key_id=key_id, tenant=key_id
     )
+    times: list[float] = []
     invocation = await function.invoke(request)
-    return sum([len(delta.token_ids) async for delta in invocation])
+    async for delta in invocation:
+        times += [time.monotonic()] * len(delta.token_ids)
+    return times
 
 
 def admission(request_id: str, num_tokens: int) -> Admission:
@@ -105,12 +121,26 @@ async def cpu_s_per_token(ledger: Ledger, label: str, num_streams: int, num_toke
     return (time.process_time() - began_at) / (num_streams * num_tokens)
 
 
-async def tokens_per_s(function: Function, label: str, num_streams: int, num_tokens: int, key_id: str | None) -> float:
-    """Return the throughput of so many streams that begin together."""
-    began_at = time.perf_counter()
-    streams = (stream(function, f"{label}-{number}", num_tokens, key_id) for number in range(num_streams))
-    counts = await asyncio.gather(*streams)
-    return sum(counts) / (time.perf_counter() - began_at)
+async def throughput(ask: Callable[[str, int], Awaitable[T]], num_streams: int, num_tokens: int) -> list[T]:
+    """Have so many clients ask one request after the other for a round, and return all answers.
+
+    Their first requests are of different lengths, so that they don't end and begin together ever after.
+    """
+    until = time.monotonic() + SETTLE_S + WINDOW_S
+
+    async def client(number: int) -> list[T]:
+        answers = [await ask(f"{number}-0", max(1, num_tokens * number // num_streams))]
+        while time.monotonic() < until:
+            answers.append(await ask(f"{number}-{len(answers)}", num_tokens))
+        return answers
+
+    return [answer for answers in await asyncio.gather(*map(client, range(num_streams))) for answer in answers]
+
+
+def tokens_per_s(began_at: float, token_times: Iterable[Sequence[float]]) -> float:
+    """Return the throughput of a round once all clients were under way, and before the first one stopped."""
+    start = began_at + SETTLE_S
+    return sum(start <= at < start + WINDOW_S for times in token_times for at in times) / WINDOW_S
 
 
 async def measure(
@@ -140,9 +170,21 @@ async def measure(
             for number in range(num_rounds + 1):
                 for name, function in in_turns(functions, number):
                     key_id = key.key_id if name == "metered, with a key" else None
-                    speed = await tokens_per_s(function, f"{name}-{number}", num_streams, num_tokens, key_id)
+                    began_at = time.monotonic()
+                    label = f"{name}-{number}"
+
+                    async def ask(
+                        of: str,
+                        count: int,
+                        function: Function = function,
+                        key_id: str | None = key_id,
+                        label: str = label,
+                    ) -> list[float]:
+                        return await stream(function, f"{label}-{of}", count, key_id)
+
+                    answers = await throughput(ask, num_streams, num_tokens)
                     if number > 0:  # the first round warms up
-                        found[name].append(speed)
+                        found[name].append(tokens_per_s(began_at, answers))
             await backend.close()
             alone = [
                 await cpu_s_per_token(ledger, f"alone-{number}", num_streams, num_tokens)
@@ -162,12 +204,25 @@ def measure_servers(path: Path, num_streams: int, num_tokens: int, num_rounds: i
     found: dict[str, list[Cost]] = {"unmetered": [], "metered": []}
     with serve(path, num_streams, unmetered) as without, serve(path, num_streams, PILOTLIGHT) as metered:
         servers = {"unmetered": without, "metered": metered}
-        for server in servers.values():
-            ask(server.port, num_streams, num_tokens)  # warms up
-        for number in range(num_rounds):
+        for number in range(num_rounds + 1):
             for name, server in in_turns(servers, number):
-                found[name].append(measure_server(server, num_streams, num_tokens))
+                cost = _over_http(server, num_streams, num_tokens)
+                if number > 0:
+                    found[name].append(cost)
     return found
+
+
+def _over_http(server: Server, num_streams: int, num_tokens: int) -> Cost:
+    """Have one round asked. What came is read when it is over: reading costs time on the same cores."""
+
+    async def ask(_: str, count: int) -> Response:
+        return await exchange(server.port, "/v1/completions", json.dumps(body_of(count)).encode())
+
+    before, began_at = process_cpu_s(server.pid), time.monotonic()
+    responses = uvloop.run(throughput(ask, num_streams, num_tokens))
+    after = process_cpu_s(server.pid)
+    times = [token_times(response.pieces, num_tokens_of) for response in responses]
+    return Cost((after - before) / sum(map(len, times)) * 1e6, tokens_per_s(began_at, times))
 
 
 def report(found: Mapping[str, list[float]]) -> None:
@@ -186,12 +241,12 @@ def main() -> None:
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--streams", type=int, default=100)
     parser.add_argument("--tokens", type=int, default=200)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--server", action="store_true", help="measure two servers over HTTP")
     options = parser.parse_args()
     if options.server:
         costs = measure_servers(options.artifact, options.streams, options.tokens, options.rounds)
-        report({name: [cost.total_tokens_per_s for cost in of] for name, of in costs.items()})
+        report({name: [cost.tokens_per_s for cost in of] for name, of in costs.items()})
         for name, of in costs.items():
             print(
                 f"{name}: {statistics.median(cost.host_us for cost in of):.1f} µs of the host's processor time a token"

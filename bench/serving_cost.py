@@ -23,7 +23,7 @@ from typing import Any
 
 from cold_start import children, free_port
 from http_client import Event, stream_all
-from measure import Stream, steady_tokens_per_s, total_tokens_per_s
+from measure import Stream, steady_tokens_per_s
 
 PROMPT = list(range(5, 37))
 PILOTLIGHT = ("-m", "pilotlight")
@@ -31,13 +31,12 @@ PILOTLIGHT = ("-m", "pilotlight")
 
 @dataclass(frozen=True)
 class Cost:
-    """One round: microseconds of processor time a token, and the speed: while all streams decoded, and in all."""
+    """One round: microseconds of processor time a token, and the speed while all streams decoded."""
 
     host_us: float
     replica_us: float
     client_us: float
     tokens_per_s: float
-    total_tokens_per_s: float
 
 
 @dataclass(frozen=True)
@@ -73,12 +72,16 @@ def serve(artifact: Path, num_slots: int, program: Sequence[str] = PILOTLIGHT) -
                 process.wait()
 
 
-def ask(port: int, num_streams: int, num_tokens: int) -> list[Stream]:
-    body = {
+def body_of(num_tokens: int) -> dict[str, Any]:
+    """Return a request for so many tokens."""
+    return {
         "model": "bench", "prompt": PROMPT, "max_tokens": num_tokens, "ignore_eos": True, "temperature": 0,
         "stream": True, "return_token_ids": True,
     }  # fmt: skip
-    return stream_all(port, "/v1/completions", [body] * num_streams, _num_tokens)
+
+
+def ask(port: int, num_streams: int, num_tokens: int) -> list[Stream]:
+    return stream_all(port, "/v1/completions", [body_of(num_tokens)] * num_streams, num_tokens_of)
 
 
 def measure(server: Server, num_streams: int, num_tokens: int) -> Cost:
@@ -88,10 +91,10 @@ def measure(server: Server, num_streams: int, num_tokens: int) -> Cost:
     count = sum(len(answer.token_times) for answer in answers)
     assert count == num_streams * num_tokens, count
     host, replica, client = ((b - a) / count * 1e6 for a, b in zip(before, after, strict=True))
-    return Cost(host, replica, client, steady_tokens_per_s(answers), total_tokens_per_s(answers))
+    return Cost(host, replica, client, steady_tokens_per_s(answers))
 
 
-def _num_tokens(event: Event) -> int:
+def num_tokens_of(event: Event) -> int:
     return sum(len(choice.get("token_ids") or ()) for choice in event.get("choices", ()))
 
 

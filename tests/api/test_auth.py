@@ -12,9 +12,11 @@ import pytest
 
 from pilotlight.artifact import Artifact
 from pilotlight.engine.fake import FakeSession
+from pilotlight.errors import LedgerUnavailable
 from pilotlight.metering.keyring import KeyDesk
 from pilotlight.metering.keys import Limits
 from pilotlight.metering.ledger_reader import LedgerReader
+from pilotlight.metering.record import UsageRecord
 from pilotlight.request import FinishReason
 from support import VOCAB_SIZE, Serving, serving
 
@@ -238,6 +240,42 @@ def test_a_full_queue_ends_what_was_admitted_as_rejected_and_frees_its_budget(
             record = api.ledger.get("b")
             assert record is not None
             assert (record.finish_reason, record.cost_micros) == (FinishReason.REJECTED, 0)
+            assert (await complete(api, token, "c")).status_code == 200
+
+    run(scenario())
+
+
+def test_a_refusal_that_cannot_be_written_at_once_frees_its_budget_later(
+    toy_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = threading.Event()
+    session = FakeSession(VOCAB_SIZE, 1, before_run=gate.wait)
+    monkeypatch.setattr("pilotlight.function.run.RETRY_DELAYS_S", (0.001,))
+
+    async def scenario() -> None:
+        async with serving(toy_artifact, tmp_path, session, max_queued_requests=0) as api:
+            token = make_key(tmp_path, tokens_per_day=2 * EACH)
+            running = asyncio.create_task(complete(api, token, "a"))
+            while (invocation := api.function.running("a")) is None or not invocation.submitted:
+                await asyncio.sleep(0)
+            finish, full = api.ledger.finish, True
+
+            async def finish_unless_full(record: UsageRecord) -> None:
+                if full:
+                    raise LedgerUnavailable("the disk is full")
+                await finish(record)
+
+            monkeypatch.setattr(api.ledger, "finish", finish_unless_full)
+            refused = await complete(api, token, "b")
+            assert (refused.status_code, error(refused)["code"]) == (503, "overloaded")
+            assert api.ledger.get("b") is None
+            full = False
+            await api.function.settled("b")
+            record = api.ledger.get("b")
+            assert record is not None
+            assert record.finish_reason is FinishReason.REJECTED
+            gate.set()
+            assert (await running).status_code == 200
             assert (await complete(api, token, "c")).status_code == 200
 
     run(scenario())

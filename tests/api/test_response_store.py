@@ -137,6 +137,13 @@ def test_whatever_happens_the_bounds_hold(steps: list[tuple[str, str, int, int]]
     asyncio.run(scenario())
 
 
+def test_nobody_else_can_read_the_file(tmp_path: Path) -> None:
+    with ResponseStore(str(tmp_path / "responses.db"), 60, 300) as store:
+        assert asyncio.run(store.put("acme", "r1", stored()))
+        modes = {file.name: file.stat().st_mode & 0o777 for file in tmp_path.iterdir()}
+    assert modes == {"responses.db": 0o600, "responses.db-wal": 0o600, "responses.db-shm": 0o600}
+
+
 def test_a_database_that_cannot_be_used_is_a_clear_error(tmp_path: Path) -> None:
     path = tmp_path / "responses.db"
     path.write_bytes(b"no database at all" * 100)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -128,6 +130,38 @@ def test_the_machines_own_memory_counts_too() -> None:
     assert machine.take("b", 20) is Room.TAKEN
 
 
+class Ticked:
+    """A tenant whose tick may fail."""
+
+    def __init__(self, *, fails: bool) -> None:
+        self.num_ticks = 0
+        self._fails = fails
+
+    def idle(self) -> list[Idle]:
+        return []
+
+    def evict(self, name: str) -> None:
+        raise AssertionError
+
+    def act(self) -> None:
+        raise AssertionError
+
+    def tick(self) -> None:
+        self.num_ticks += 1
+        if self._fails:
+            raise ValueError
+
+
+def test_a_defect_of_one_function_does_not_stop_the_clock() -> None:
+    machine = Machine(100, free_bytes=lambda: 100)
+    tenants = [Ticked(fails=True), Ticked(fails=False)]
+    for tenant in tenants:
+        machine.join(tenant)
+    for _ in range(2):
+        machine.tick()
+    assert [tenant.num_ticks for tenant in tenants] == [2, 2]
+
+
 def test_routing() -> None:
     assert route([Choice(10, 0), Choice(5, 0)]) == 1
     assert route([Choice(100, 64), Choice(50, 0)]) == 0
@@ -197,6 +231,14 @@ class TestVerified:
         for _ in range(2):
             with pytest.raises(ArtifactError, match="was altered"):
                 Verified(tmp_path).verify(artifact)
+
+    def test_files_that_are_gone_are_forgotten(self, artifact: Artifact, tmp_path: Path) -> None:
+        Verified(tmp_path).verify(artifact)
+        shutil.rmtree(artifact.path)
+        other = open_artifact(write_artifact(tmp_path / "other"))
+        Verified(tmp_path).verify(other)
+        remembered = json.loads((tmp_path / FILE).read_bytes())
+        assert sorted(remembered) == sorted(str(other.path / name) for name in other.manifest.files)
 
     @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"a": [1]}'])
     def test_a_memory_that_cannot_be_read_is_none(self, artifact: Artifact, tmp_path: Path, content: bytes) -> None:

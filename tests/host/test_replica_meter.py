@@ -66,3 +66,31 @@ def test_what_cannot_be_written_is_written_the_next_time(times: Times) -> None:
         asyncio.run(meter.write())
     asyncio.run(meter.write())
     assert times.alive_ms == times.busy_ms == {"a": 3000}
+
+
+def test_two_who_write_at_the_same_time_write_nothing_twice_and_forget_nothing(times: Times) -> None:
+    now = 0.0
+    meter = ReplicaMeter(times, clock=lambda: now)
+    meter.watch(RATE, lambda: [Seen("a", True), Seen("b", False)])
+    add = times.add_replica_time
+
+    async def look_and_add(spent: ReplicaTime) -> None:
+        nonlocal now
+        if now < 1.0:  # time goes on while a write is under way
+            now += 0.25
+            meter.look()
+        await asyncio.sleep(0)
+        await add(spent)
+
+    times.add_replica_time = look_and_add  # type: ignore[method-assign]
+
+    async def scenario() -> None:
+        nonlocal now
+        now = 0.5
+        meter.look()
+        await asyncio.gather(meter.write(), meter.write())
+        await meter.write()
+
+    asyncio.run(scenario())
+    assert times.alive_ms == {"a": 1000, "b": 1000}
+    assert times.busy_ms == {"a": 1000, "b": 0}

@@ -396,6 +396,19 @@ class TestOpening:
         with pytest.raises(ConfigError, match="cannot be used as a usage ledger"):
             Ledger(file)
 
+    def test_nobody_else_can_read_what_is_created(self, file: Path) -> None:
+        with Ledger(file) as ledger:
+            asyncio.run(ledger.admit(admission("a")))
+            modes = {found.name: found.stat().st_mode & 0o777 for found in file.parent.iterdir()}
+        assert {f"{file.name}{end}" for end in ("", "-wal", "-shm", ".lock")} <= modes.keys()
+        assert set(modes.values()) == {0o600}, modes
+
+    def test_the_mode_of_a_ledger_that_exists_is_its_owners_affair(self, file: Path) -> None:
+        Ledger(file).close()
+        file.chmod(0o640)
+        with Ledger(file):
+            assert file.stat().st_mode & 0o777 == 0o640
+
 
 class TestCrash:
     def test_what_was_open_is_closed_at_its_last_checkpoint(self, path: Location) -> None:

@@ -17,6 +17,7 @@ from pilotlight.host.courier import Courier
 from pilotlight.metering.cloud_event import MAX_DELAY_S, delay_s
 from pilotlight.metering.database import Location
 from pilotlight.metering.ledger_reader import LedgerReader
+from pilotlight.metering.outbox import DueEvent
 from pilotlight.metering.sql_ledger import SqlLedger
 from receiver import Receiver, receiver
 
@@ -144,6 +145,30 @@ def test_an_unreachable_receiver_is_tried_again_later(path: Location) -> None:
         assert asyncio.run(courier.deliver()) == 1
         assert asyncio.run(courier.deliver()) == 0, "not due yet"
         assert reader.outbox_counts() == [(url, 1, 0)]
+
+
+def test_a_courier_goes_on_after_a_defect(path: Location, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pilotlight.host.courier.IDLE_S", 0.001)
+    with receiver(["none"]) as server, writer(path) as ledger:
+        asyncio.run(ledger.subscribe(server.url))
+        asyncio.run(invoke(ledger, "a"))
+        courier = Courier(ledger, settings_for(server))
+        attempt = courier._try
+
+        def fail_once(event: DueEvent) -> str | None:
+            monkeypatch.setattr(courier, "_try", attempt)
+            raise ValueError("a header that is none")
+
+        monkeypatch.setattr(courier, "_try", fail_once)
+
+        async def scenario() -> None:
+            running = asyncio.create_task(courier.run())
+            while not server.events:
+                await asyncio.sleep(0.001)
+            running.cancel()
+
+        asyncio.run(scenario())
+    assert len(server.events) == 1
 
 
 @pytest.mark.parametrize("num_attempts", [1, 2, 5, 12, 10_000])

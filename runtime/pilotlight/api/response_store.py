@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -21,6 +22,7 @@ import msgspec
 
 from pilotlight.config import HostSettings
 from pilotlight.errors import ConfigError, ResponseStoreUnavailable
+from pilotlight.metering.schema import create_private
 
 logger = logging.getLogger("pilotlight.api")
 
@@ -64,6 +66,8 @@ class ResponseStore:
         self._max_bytes = max_bytes
         self._clock = clock
         self._thread = ThreadPoolExecutor(1, "responses")
+        if path != IN_MEMORY:
+            create_private(Path(path))
         try:
             self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             self._database.execute("PRAGMA journal_mode = WAL")

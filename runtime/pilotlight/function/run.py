@@ -90,7 +90,6 @@ class Run:
                 await self.submit()
         except PilotlightError as error:
             await self._reject(admission, error)
-            invocation.admitted.set_exception(error)
             return
         invocation.admitted.set_result(None)
         await self._end(admission)
@@ -244,10 +243,19 @@ class Run:
                 await asyncio.wait_for(function.drain_began.wait(), delay_s)
 
     async def _reject(self, admission: Admission, cause: PilotlightError) -> None:
-        """End what was admitted and then found no place: free of charge, and its reservation is released."""
+        """End what was admitted and then found no place: free of charge, and its reservation is released.
+
+        While the record cannot be written, its client does not wait for it.
+        """
         record = final_record(admission, Usage(), self._progress.timings(), FinishReason.REJECTED, cause.message)
         with contextlib.suppress(LedgerUnavailable):
-            await self._function.ledger.finish(record)
+            try:
+                await self._function.ledger.finish(record)
+            except LedgerUnavailable:
+                self._invocation.admitted.set_exception(cause)
+                await self._finish(record)
+            else:
+                self._invocation.admitted.set_exception(cause)
             self._function.observer.finished(record)
 
     async def _discard(self, submitted: Items[TokenStream]) -> None:

@@ -45,14 +45,22 @@ class Courier:
 
     async def run(self) -> None:
         """Deliver what is due, until the task is cancelled. What is under way then is delivered again later."""
-        while True:
-            try:
-                num_delivered = await self.deliver()
-            except LedgerUnavailable as error:
-                logger.warning("usage events wait: %s", error.message)
-                num_delivered = 0
-            if num_delivered == 0:
-                await asyncio.sleep(IDLE_S)
+        try:
+            while True:
+                if await self._deliver_or_wait() == 0:
+                    await asyncio.sleep(IDLE_S)
+        finally:
+            self.close()
+
+    async def _deliver_or_wait(self) -> int:
+        """Try what is due now; whatever goes wrong, this task must go on, since nobody would notice its end."""
+        try:
+            return await self.deliver()
+        except LedgerUnavailable as error:
+            logger.warning("usage events wait: %s", error.message)
+        except Exception:
+            logger.exception("usage events wait")
+        return 0
 
     async def deliver(self) -> int:
         """Try what is due now, and return how much that was.

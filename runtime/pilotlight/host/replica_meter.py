@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -49,6 +48,7 @@ class ReplicaMeter:
         self._watched: list[tuple[Rate, Callable[[], Iterable[Seen]]]] = []
         self._alive_s: dict[tuple[Rate, str, str], float] = defaultdict(float)
         self._busy_s: dict[tuple[Rate, str, str], float] = defaultdict(float)
+        self._writing = asyncio.Lock()
 
     def watch(self, rate: Rate, replicas: Callable[[], Iterable[Seen]]) -> None:
         """Meter the replicas of a function from now on."""
@@ -74,10 +74,16 @@ class ReplicaMeter:
 
     async def write(self) -> None:
         """Write what was counted; what cannot be written now is written the next time."""
-        for key, alive_s in list(self._alive_s.items()):
-            rate, replica_id, day = key
-            alive_ms, busy_ms = round(alive_s * 1000), round(self._busy_s[key] * 1000)
-            spent = ReplicaTime(replica_id, rate.function, day, rate.currency, rate.micros_per_hour, alive_ms, busy_ms)
-            with contextlib.suppress(LedgerUnavailable):
-                await self._ledger.add_replica_time(spent)
-                del self._alive_s[key], self._busy_s[key]
+        async with self._writing:  # a host that ends writes, too, and perhaps while this is under way
+            for key in list(self._alive_s):
+                alive_s, busy_s = self._alive_s.pop(key), self._busy_s.pop(key)
+                rate, replica_id, day = key
+                alive_ms, busy_ms = round(alive_s * 1000), round(busy_s * 1000)
+                spent = ReplicaTime(
+                    replica_id, rate.function, day, rate.currency, rate.micros_per_hour, alive_ms, busy_ms
+                )
+                try:
+                    await self._ledger.add_replica_time(spent)
+                except LedgerUnavailable:
+                    self._alive_s[key] += alive_s
+                    self._busy_s[key] += busy_s

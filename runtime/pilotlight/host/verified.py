@@ -53,7 +53,8 @@ class Verified:
                 if before is not None and before == _look(path, entry.sha256):
                     fresh[str(path.absolute())] = before
         if fresh:
-            self._seen.update(fresh)
+            there = {path: seen for path, seen in self._seen.items() if Path(path).exists()}
+            self._seen = there | fresh
             self._write()
 
     def _read(self) -> dict[str, _Seen]:

@@ -7,8 +7,10 @@ they cannot disagree with it.
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from pilotlight.errors import ConfigError, StartupError
@@ -133,6 +135,7 @@ def connect_writer(path: Path) -> sqlite3.Connection:
         StartupError: a newer version of Pilotlight wrote it.
         ConfigError: it cannot be opened or is not a ledger.
     """
+    create_private(path)
     return _connect(path, "rwc", _prepare)
 
 
@@ -146,6 +149,15 @@ def connect_reader(path: Path) -> sqlite3.Connection:
     if not path.exists():
         raise ConfigError(f"{path}: there is no usage ledger here")
     return _connect(path, "ro", _check_is_ledger)
+
+
+def create_private(path: Path) -> None:
+    """Create an empty database that nobody else can read; SQLite gives the files beside it the same mode.
+
+    One that exists is not even opened: closing it again would take away the locks that this process has on it.
+    """
+    with suppress(OSError):  # what keeps it from being created, SQLite says as well
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
 
 
 def _connect(path: Path, mode: str, check: Callable[[sqlite3.Connection, Path], None]) -> sqlite3.Connection:
