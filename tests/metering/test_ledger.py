@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -592,3 +593,43 @@ def run_doomed(path: Location, mode: str) -> subprocess.CompletedProcess[str]:
     with doomed(path, mode) as process:
         out, err = process.communicate()
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def test_what_comes_shortly_after_a_transaction_waits_for_others_and_is_written_together() -> None:
+    sizes: list[int] = []
+
+    class Counting(sqlite3.Connection):
+        num_writes = 0
+
+        def execute(self, *arguments: Any) -> sqlite3.Cursor:
+            if arguments[0] == "BEGIN IMMEDIATE":
+                self.num_writes = 0
+            elif arguments[0] == "COMMIT":
+                sizes.append(self.num_writes)
+            else:
+                self.num_writes += 1
+            return super().execute(*arguments)
+
+    connection = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False, factory=Counting)
+    others_have_come = threading.Event()
+
+    def pause_s() -> float:
+        assert others_have_come.wait(60)
+        return 0.001
+
+    def apply(connection: Connection) -> None:
+        connection.execute("SELECT 1")
+
+    async def scenario() -> None:
+        commits = GroupCommit(connection, pause_s)
+        others_have_come.set()
+        await commits.write(apply)
+        others_have_come.clear()
+        writes = [asyncio.create_task(commits.write(apply)) for _ in range(10)]
+        await asyncio.sleep(0)
+        others_have_come.set()
+        await asyncio.gather(*writes)
+        commits.close()
+
+    asyncio.run(scenario())
+    assert sizes == [1, 10]

@@ -1,4 +1,4 @@
-"""What tokens add to answers, on its way to the clients: held back until one write has noted all tokens of their step."""
+"""What tokens add to answers, on its way to clients: held back until one write has noted all tokens of their step."""
 
 from __future__ import annotations
 

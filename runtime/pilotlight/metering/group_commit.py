@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,10 +27,16 @@ class _Write:
 
 
 class GroupCommit:
-    """Writes for asyncio callers. The thread owns ``connection``, which is in autocommit mode, until ``close``."""
+    """Writes for asyncio callers. The thread owns ``connection``, which is in autocommit mode, until ``close``.
 
-    def __init__(self, connection: Connection) -> None:
+    A transaction costs much beside what it writes, so one begins at least ``pause_s()`` after the one before it began.
+    After a time without any, it begins at once.
+    """
+
+    def __init__(self, connection: Connection, pause_s: Callable[[], float] = lambda: 0.0) -> None:
         self._connection = connection
+        self._pause_s = pause_s
+        self._began_at = 0.0
         self._inbox: SimpleQueue[_Write | None] = SimpleQueue()
         self._closed = False
         self._thread = Thread(target=self._run, name="pilotlight-ledger", daemon=True)
@@ -60,9 +67,17 @@ class GroupCommit:
 
     def _run(self) -> None:
         while (first := self._inbox.get()) is not None:
+            self._pause()
             group = self._gather(first)
             _settle(group, self._commit(group))
         self._connection.close()
+
+    def _pause(self) -> None:
+        """Let others come, too, if the transaction before began only just now."""
+        left_s = 0.0 if self._closed else self._began_at + self._pause_s() - time.monotonic()
+        if left_s > 0:
+            time.sleep(left_s)
+        self._began_at = time.monotonic()
 
     def _gather(self, first: _Write) -> list[_Write]:
         group = [first]

@@ -62,6 +62,10 @@ class Marks:
     def __contains__(self, request_id: object) -> bool:
         return request_id in self._slots
 
+    def __len__(self) -> int:
+        """Return how many invocations are open."""
+        return len(self._slots)
+
     def __iter__(self) -> Iterator[str]:
         """Yield the ids of the open invocations."""
         return iter(list(self._slots))

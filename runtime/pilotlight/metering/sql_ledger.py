@@ -41,6 +41,12 @@ _KEEP_PRICES = "INSERT INTO price_tables (id, prices) VALUES (?, ?) ON CONFLICT 
 _ARE_OTHER_PRICES = "SELECT 1 FROM price_tables WHERE id = ? AND prices <> ?"
 
 
+MAX_PAUSE_S = 0.02
+PAUSE_S_PER_INVOCATION = 0.0002
+"""The more invocations are open, the more there is to write together: a hundred of them have at most fifty transactions
+a second. Where few are open, nobody waits."""
+
+
 class SqlLedger:
     """A writer of a ledger, for asyncio callers; ``LedgerReader`` reads beside it, from any process.
 
@@ -56,7 +62,7 @@ class SqlLedger:
         self._signer = signer
         self._marks = marks
         self._reader = LedgerReader(location)
-        self._commits = GroupCommit(connection)
+        self._commits = GroupCommit(connection, lambda: min(MAX_PAUSE_S, len(marks) * PAUSE_S_PER_INVOCATION))
         self._closed = False
 
     async def admit(self, admission: Admission, claim: Claim | None = None) -> Admitted:
