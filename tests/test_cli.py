@@ -160,13 +160,15 @@ def test_wrong_usage_is_status_2(arguments: list[str], problem: str) -> None:
 
 class TestInspect:
     def test_a_person_reads_what_it_is(self, tmp_path: Path) -> None:
-        path = write_artifact(tmp_path / "toy", recipe={"block": 32}, verification={"mean_kl": 0.0419999})
+        measured = {"mean_kl": 0.0419999, "num_positions": 7}
+        path = write_artifact(tmp_path / "toy", recipe={"block": 32}, verification=measured)
         result = run("inspect", path)
         lines = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
         assert result.exit_code == 0
         assert lines["artifact"] == open_artifact(path).digest
         assert lines["precision"] == "fp32 (block 32)"
         assert lines["verification"] == "mean_kl 0.042"
+        assert lines["num_positions"] == "7"
         assert lines["shapes"] == "1 layers, 1 heads of 16 (1 for keys and values), vocabulary 258"
         assert lines["model.onnx"].startswith("8 bytes")
         assert lines["checksums"].startswith("all 5 files verified, ")
@@ -239,7 +241,10 @@ class TestServe:
         command = [sys.executable, "-m", "pilotlight", "serve", str(toy_artifact.path), "--port", str(taken_port)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stdout) == (1, "")
-        assert done.stderr == f"pilotlight: cannot listen on 127.0.0.1:{taken_port}: Address already in use\n"
+        assert (
+            done.stderr
+            == f"pilotlight: cannot listen on 127.0.0.1:{taken_port}: Address already in use; choose another --port\n"
+        )
         assert [*elsewhere.iterdir()] == []
 
     def test_an_artifact_that_is_not_there(self, elsewhere: Path) -> None:
@@ -415,7 +420,7 @@ class TestUsage:
         assert run("usage", "--ledger", "empty.db", "--json").output == ""
 
     def test_no_ledger(self, elsewhere: Path) -> None:
-        assert failure("usage") == "pilotlight.db: there is no usage ledger here"
+        assert failure("usage") == "pilotlight.db: there is no usage ledger here; name that of the server with --ledger"
         assert [*elsewhere.iterdir()] == []
 
     def test_a_file_that_is_no_ledger(self, elsewhere: Path) -> None:
@@ -480,7 +485,10 @@ class TestUsageExport:
 
 class TestOutbox:
     def test_dead_letters_are_tried_again(self, elsewhere: Path) -> None:
-        assert failure("usage", "outbox") == "pilotlight.db: there is no usage ledger here"
+        assert (
+            failure("usage", "outbox")
+            == "pilotlight.db: there is no usage ledger here; name that of the server with --ledger"
+        )
         with Ledger(elsewhere / "pilotlight.db") as ledger:
             asyncio.run(ledger.subscribe("http://127.0.0.1:1/"))
             asyncio.run(_fill(ledger))
@@ -497,6 +505,7 @@ class TestKeys:
         token = created.stdout.strip()
         assert created.exit_code == 0
         assert "not shown again" in created.stderr
+        assert "pilotlight.db is a new ledger" in created.stderr
         with Keyring(elsewhere / "pilotlight.db") as ring:
             key = ring.find(token)
         assert key is not None
@@ -504,8 +513,16 @@ class TestKeys:
         assert key.limits == Limits(tokens_per_day=1000, micros_per_month=2_500_000)
         assert token.rpartition("_")[2] not in run("keys", "list").stdout
 
-    def test_keys_are_listed_for_people_and_programs(self) -> None:
-        assert run("keys", "list").stderr == "there are no keys\n"
+    @pytest.mark.parametrize("arguments", [("list",), ("revoke", "a"), ("rotate", "a")])
+    def test_looking_in_the_wrong_place_makes_no_ledger_there(
+        self, arguments: tuple[str, ...], elsewhere: Path
+    ) -> None:
+        assert failure("keys", *arguments).startswith("pilotlight.db: there is no usage ledger here")
+        assert list(elsewhere.iterdir()) == []
+
+    def test_keys_are_listed_for_people_and_programs(self, elsewhere: Path) -> None:
+        with Ledger(elsewhere / "pilotlight.db"):
+            assert run("keys", "list").stderr == "there are no keys\n"
         made = json.loads(run("keys", "create", "app", "--tenant", "acme", "--admin", "--json").stdout)
         (listed,) = [json.loads(line) for line in run("keys", "list", "--json").stdout.splitlines()]
         assert listed == {name: made[name] for name in made if name != "token"} | {"revoked_at_utc": None}

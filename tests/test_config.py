@@ -65,8 +65,9 @@ def test_a_file_defines_functions(file: Path) -> None:
 
 def test_an_unknown_variable_is_an_error() -> None:
     assert refusal(None, {"PILOTLIGHT_PROT": "1"}) == (
-        "unknown variable PILOTLIGHT_PROT = '1'; expected one of PILOTLIGHT_ADDRESS, PILOTLIGHT_PORT, "
-        "PILOTLIGHT_LEDGER, PILOTLIGHT_MAX_BODY_BYTES, PILOTLIGHT_CACHE_DIR, PILOTLIGHT_RESPONSE_STORE, "
+        "unknown variable PILOTLIGHT_PROT = '1'; did you mean PILOTLIGHT_PORT? "
+        "expected one of PILOTLIGHT_ADDRESS, PILOTLIGHT_PORT, PILOTLIGHT_LEDGER, "
+        "PILOTLIGHT_MAX_BODY_BYTES, PILOTLIGHT_CACHE_DIR, PILOTLIGHT_RESPONSE_STORE, "
         "PILOTLIGHT_RESPONSE_TTL_S, PILOTLIGHT_MAX_STORED_RESPONSE_BYTES, PILOTLIGHT_DRAIN_TIMEOUT_S, "
         "PILOTLIGHT_MEMORY_BUDGET_MB, PILOTLIGHT_HANG_TIMEOUT_S, "
         "PILOTLIGHT_SIGNING_KEY, PILOTLIGHT_CAPACITY, PILOTLIGHT_NOTICES, "
@@ -124,11 +125,11 @@ def test_loopback_is_served(address: str) -> None:
     [
         ("[", "is not valid TOML (Invalid initial character for a key part (at end of document))"),
         ("colour = 1", "unknown key colour = 1; expected one of host, functions, events, confidential, modal, cluster"),
-        ("[hosts]\nport = 1", "unknown key hosts = {'port': 1}; "
+        ("[hosts]\nport = 1", "unknown key hosts = {'port': 1}; did you mean host? "
          "expected one of host, functions, events, confidential, modal, cluster"),
         ("host = 1", "host is 1; expected a table [host]"),
         ("functions = []", "functions is []; expected a table [functions]"),
-        ("[host]\nprot = 80", f"unknown key host.prot = 80; expected one of {HOST_KEYS}"),
+        ("[host]\nprot = 80", f"unknown key host.prot = 80; did you mean port? expected one of {HOST_KEYS}"),
         ("[host]\nport = '80'", "host.port is '80'; expected int, got str"),
         ("[host]\nport = true", "host.port is True; expected int, got bool"),
         ("[host]\nport = 65536", "host.port is 65536; expected int <= 65535"),
@@ -142,7 +143,7 @@ def test_loopback_is_served(address: str) -> None:
         ("[functions]\na = 1", "functions.a is 1; expected a table [functions.a]"),
         ("[functions.a]", "functions.a.artifact is missing"),
         ("[functions.a]\nartifact = 1", "functions.a.artifact is 1; expected str, got int"),
-        ("[functions.a]\nartifact = 'a'\nslots = 1", "unknown key functions.a.slots = 1; "
+        ("[functions.a]\nartifact = 'a'\nslots = 1", "unknown key functions.a.slots = 1; did you mean num_slots? "
          f"expected one of {FUNCTION_KEYS}"),
         ("[functions.a]\nartifact = 'a'\nnum_slots = 0", "functions.a.num_slots is 0; expected int >= 1"),
         ("[functions.a]\nartifact = 'a'\nprices = 1", "functions.a.prices is 1; expected object | array, got int"),

@@ -18,7 +18,7 @@ QUESTION = "Tell me a story about Mira and the lantern at the harbour."
 CONFIG = """
 [host]
 port = 0
-ledger = {ledger}
+ledger = "usage.db"
 
 [functions.demo]
 artifact = {artifact}
@@ -35,10 +35,9 @@ def server(artifact: Path) -> Iterator[str]:
     """Serve ``artifact`` on a free port and yield the base URL."""
     with tempfile.TemporaryDirectory() as directory:
         config = Path(directory) / "pilotlight.toml"
-        ledger = Path(directory) / "usage.db"
-        config.write_text(CONFIG.format(ledger=json.dumps(str(ledger)), artifact=json.dumps(str(artifact))))
+        config.write_text(CONFIG.format(artifact=json.dumps(str(artifact))))
         command = [sys.executable, "-m", "pilotlight", "serve", "--config", str(config)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)  # noqa: S603
+        process = subprocess.Popen(command, cwd=directory, stdout=subprocess.PIPE, text=True)  # noqa: S603
         try:
             assert process.stdout is not None
             for line in process.stdout:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -215,7 +215,7 @@ def load_settings(path: Path | None, environment: Mapping[str, str] = os.environ
     content = read_toml(path) if path is not None else {}
     for key in content:
         if key not in TABLES:
-            raise ConfigError(f"{origin}: unknown key {key} = {content[key]!r}; expected one of {', '.join(TABLES)}")
+            raise ConfigError(f"{origin}: unknown key {key} = {content[key]!r}; {_expected(key, TABLES)}")
     given = {key: value for key, value in options.items() if value is not None}
     from_file = _table(content.get("host", {}), origin, "host")
     _host(from_file, origin)  # so that a fault in the file is blamed on the file
@@ -255,8 +255,8 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, object]:
         if not name.startswith("PILOTLIGHT_") or name in OTHER_VARIABLES:
             continue
         if name not in fields:
-            known = ", ".join((*fields, *OTHER_VARIABLES))
-            raise ConfigError(f"unknown variable {name} = {environment[name]!r}; expected one of {known}")
+            known = (*fields, *OTHER_VARIABLES)
+            raise ConfigError(f"unknown variable {name} = {environment[name]!r}; {_expected(name, known)}")
         field, value = fields[name], environment[name]
         kind = type(field.default)
         found[field.name] = value if kind is str else _number(name, value, kind)
@@ -289,15 +289,20 @@ def _function_name(name: str, origin: str) -> str:
     return name
 
 
+def _expected(key: str, known: Collection[str]) -> str:
+    import difflib  # which only somebody who has mistyped pays for
+
+    nearest = "".join(f"did you mean {one}? " for one in difflib.get_close_matches(key, known, n=1, cutoff=0.65))
+    return f"{nearest}expected one of {', '.join(known)}"
+
+
 def _parse(value: object, struct: type[T], origin: str, name: str) -> T:
     """Convert one table, naming key, value and expectation where that fails."""
     table = _table(value, origin, name)
     known = [field.name for field in msgspec.structs.fields(struct)]
     for key in table:
         if key not in known:
-            raise ConfigError(
-                f"{origin}: unknown key {name}.{key} = {table[key]!r}; expected one of {', '.join(known)}"
-            )
+            raise ConfigError(f"{origin}: unknown key {name}.{key} = {table[key]!r}; {_expected(key, known)}")
     try:
         return msgspec.convert(table, struct)
     except msgspec.ValidationError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,12 +72,18 @@ def _description(artifact: Artifact) -> str:
         ("shapes", f"{shapes.num_layers} layers, {shapes.num_heads} heads of {shapes.head_size} "
                    f"({shapes.num_kv_heads} for keys and values), vocabulary {shapes.vocab_size:,}"),
         ("context", f"{shapes.max_context_tokens:,} tokens"),
-        ("verification", _pairs(manifest.verification)),
-        ("tools", _pairs(manifest.tools)),
+        *_listed("verification", manifest.verification),
+        *_listed("tools", manifest.tools),
         *((f"  {name}", f"{file.size_bytes:>13,} bytes  {file.sha256[:16]}…") for name, file in manifest.files.items()),
         ("checksums", f"all {len(manifest.files)} files verified, {total_bytes / 1e6:,.1f} MB"),
     ]  # fmt: skip
     return "\n".join(f"{name:<24} {text}" for name, text in lines if text)
+
+
+def _listed(head: str, values: Mapping[str, object]) -> Iterator[tuple[str, str]]:
+    """Yield one line each, the first of them behind ``head``."""
+    for number, (key, value) in enumerate(values.items()):
+        yield head if number == 0 else "", _pairs({key: value})
 
 
 def _pairs(values: Mapping[str, object]) -> str:

@@ -12,8 +12,10 @@ import msgspec
 
 from pilotlight.commands.table import table
 from pilotlight.config import load_settings
+from pilotlight.errors import ConfigError
 
 if TYPE_CHECKING:
+    from pilotlight.metering.database import Location
     from pilotlight.metering.dynamodb_keys import DynamoDbKeyDesk
     from pilotlight.metering.keyring import KeyDesk
 
@@ -72,7 +74,9 @@ def create(
 
     if re.fullmatch(r"[A-Z]{3}", str(limits["currency"])) is None:
         raise click.BadParameter("expected the three letters of a currency, such as USD", param_hint="--currency")
-    with _desk(ledger) as desk:
+    location = _location(ledger)
+    is_new = isinstance(location, Path) and not location.exists()
+    with _desk(location) as desk:
         allowed = msgspec.convert(limits, Limits)
         key, token = desk.create(name, tenant or name, functions or None, allowed, admin=admin)
     if as_json:
@@ -80,6 +84,8 @@ def create(
     else:
         click.echo(token)
         click.echo(f"key {key.key_id} of tenant {key.tenant}; the token is not kept and not shown again", err=True)
+    if is_new:
+        click.echo(f"{location} is a new ledger: the key is for servers that are started with it", err=True)
 
 
 @keys.command("list")
@@ -87,7 +93,7 @@ def create(
 @_json
 def list_keys(ledger: str | None, as_json: bool) -> None:
     """List all keys, without their secrets."""
-    with _desk(ledger) as desk:
+    with _existing_desk(ledger) as desk:
         found = desk.listed()
     if as_json:
         for listed in found:
@@ -121,7 +127,7 @@ def list_keys(ledger: str | None, as_json: bool) -> None:
 @_ledger
 def revoke(key_id: str, ledger: str | None) -> None:
     """End the key KEY_ID at once and for good. Its records stay."""
-    with _desk(ledger) as desk:
+    with _existing_desk(ledger) as desk:
         desk.revoke(key_id)
     click.echo(f"key {key_id} is revoked", err=True)
 
@@ -136,14 +142,26 @@ def rotate(key_id: str, grace: str, ledger: str | None) -> None:
     if match is None:
         raise click.BadParameter(f"{grace!r} is not a span such as 24h or 7d", param_hint="--grace")
     span = timedelta(hours=int(match[1]) * (24 if match[2] == "d" else 1))
-    with _desk(ledger) as desk:
+    with _existing_desk(ledger) as desk:
         click.echo(desk.rotate(key_id, span))
 
 
-def _desk(ledger: str | None) -> KeyDesk | DynamoDbKeyDesk:
-    from pilotlight.metering.database import DYNAMODB_SCHEME, located
+def _location(ledger: str | None) -> Location:
+    from pilotlight.metering.database import located
 
-    location = located(load_settings(None, ledger=ledger).host.ledger)
+    return located(load_settings(None, ledger=ledger).host.ledger)
+
+
+def _existing_desk(ledger: str | None) -> KeyDesk | DynamoDbKeyDesk:
+    location = _location(ledger)
+    if isinstance(location, Path) and not location.exists():
+        raise ConfigError(f"{location}: there is no usage ledger here; name that of the server with --ledger")
+    return _desk(location)
+
+
+def _desk(location: Location) -> KeyDesk | DynamoDbKeyDesk:
+    from pilotlight.metering.database import DYNAMODB_SCHEME
+
     if isinstance(location, str) and location.startswith(DYNAMODB_SCHEME):
         from pilotlight.metering.dynamodb_keys import DynamoDbKeyDesk
 

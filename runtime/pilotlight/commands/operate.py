@@ -94,7 +94,10 @@ def _ask(config: Path | None, address: str | None, port: int | None, method: str
         response = connection.getresponse()
         answer = response.read().decode()
     except OSError as error:
-        raise PilotlightError(f"no server answers at {host.address}:{host.port} ({error})") from error
+        raise PilotlightError(
+            f"no server answers at {host.address}:{host.port} ({error.strerror or error}); "
+            "start one with `pilotlight serve`, or name its --address and --port"
+        ) from error
     finally:
         connection.close()
     if response.status != 200:

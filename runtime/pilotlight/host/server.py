@@ -232,7 +232,9 @@ def _bind(host: HostSettings) -> socket.socket:
     try:
         return socket.create_server((host.address, host.port), family=family, backlog=BACKLOG)
     except OSError as error:
-        raise ConfigError(f"cannot listen on {host.address}:{host.port}: {os.strerror(error.errno or 0)}") from error
+        raise ConfigError(
+            f"cannot listen on {host.address}:{host.port}: {os.strerror(error.errno or 0)}; choose another --port"
+        ) from error
 
 
 def _url(listener: socket.socket, address: str) -> str:

@@ -147,7 +147,7 @@ def connect_reader(path: Path) -> sqlite3.Connection:
         ConfigError: there is none, it cannot be opened or it is not a ledger.
     """
     if not path.exists():
-        raise ConfigError(f"{path}: there is no usage ledger here")
+        raise ConfigError(f"{path}: there is no usage ledger here; name that of the server with --ledger")
     return _connect(path, "ro", _check_is_ledger)
 
 
