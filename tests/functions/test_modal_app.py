@@ -51,10 +51,11 @@ gpu_snapshot = true
 
 
 def environment(config: Path, **more: str) -> dict[str, str]:
-    """Return what a user's shell has, and nothing of ours."""
+    """Return what a user's shell has, and nothing of ours; the home directory is a fresh one."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PILOTLIGHT_", "MODAL_"))}
     paths = [str(ROOT / "runtime"), str(APP.parent), *sys.path]
-    return {**kept, "PILOTLIGHT_CONFIG": str(config), "PYTHONPATH": os.pathsep.join(paths), **more}
+    ours = {"PILOTLIGHT_CONFIG": str(config), "PYTHONPATH": os.pathsep.join(paths), "HOME": str(config.parent)}
+    return {**kept, **ours, **more}
 
 
 @dataclass(frozen=True)
