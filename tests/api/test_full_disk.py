@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from pilotlight.artifact import Artifact
 from pilotlight.engine.fake import FakeSession
 from pilotlight.errors import LedgerUnavailable
 from pilotlight.metering.ledger_reader import LedgerReader
+from pilotlight.metering.marks import Mark
 from pilotlight.request import FinishReason
 from support import VOCAB_SIZE, Serving, serving
 
@@ -86,6 +88,32 @@ def test_a_running_stream_ends_and_its_record_is_written_later(
             assert record is not None
             assert record.finish_reason is FinishReason.ERROR
             assert received <= record.completion_tokens < 3000
+
+    asyncio.run(scenario())
+
+
+def test_no_token_is_delivered_that_could_not_be_noted(
+    toy_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noted: list[int] = []
+
+    async def scenario() -> None:
+        async with serving(toy_artifact, tmp_path) as api:
+            note = api.ledger.note
+
+            def note_three(marks: Mapping[str, Mark]) -> None:
+                (mark,) = marks.values()
+                if mark.completion_tokens > 3:
+                    raise FULL
+                note(marks)
+                noted.append(mark.completion_tokens)
+
+            monkeypatch.setattr(api.ledger, "note", note_three)
+            stream = await api.complete([1], max_tokens=9, ignore_eos=True, stream=True, return_token_ids=True)
+            *frames, error = [json.loads(line.removeprefix("data: ")) for line in stream.text.split("\n\n") if line]
+            assert error["error"]["code"] == "ledger_unavailable"
+            received = sum(len(choice["token_ids"]) for frame in frames for choice in frame["choices"])
+            assert received == max(noted, default=0)
 
     asyncio.run(scenario())
 
