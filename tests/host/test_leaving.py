@@ -118,3 +118,8 @@ def test_what_is_taken_last_has_its_time(seconds_left: float, drain_timeout_s: f
     assert 0 <= admits_s <= seconds_left
     if admits_s:
         assert math.isclose(seconds_left - admits_s, drain_timeout_s + MARGIN_S, abs_tol=1e-6)
+
+
+def test_connections_stay_open_longer_than_clients_and_load_balancers_use_them_again() -> None:
+    server = host._Server(None, Leavers(), DRAIN_S)  # type: ignore[arg-type]
+    assert server.config.timeout_keep_alive > 60

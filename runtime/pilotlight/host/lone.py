@@ -32,6 +32,7 @@ from pilotlight.host.departure import MARGIN_S
 from pilotlight.host.inprocess import Prepared, start
 from pilotlight.host.notice import Kind, Notice, ToldNotices, watch
 from pilotlight.host.server import kept_answers_for, signer_of
+from pilotlight.host.serving import KEEP_ALIVE_S
 from pilotlight.metering.database import located
 from pilotlight.metering.keyring import Keyring
 from pilotlight.metering.opening import open_ledger
@@ -247,6 +248,7 @@ class _Server(uvicorn.Server):
                 access_log=False,
                 lifespan="off",
                 server_header=False,
+                timeout_keep_alive=KEEP_ALIVE_S,
                 timeout_graceful_shutdown=CLOSE_TIMEOUT_S,
             )
         )

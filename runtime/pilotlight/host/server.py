@@ -32,6 +32,7 @@ from pilotlight.host.machine import Machine
 from pilotlight.host.notice import Kind, Notice, ToldNotices, open_source, watch
 from pilotlight.host.pooled import Surroundings, cache_dir, open_pooled
 from pilotlight.host.replica_meter import Rate, ReplicaMeter, Seen
+from pilotlight.host.serving import KEEP_ALIVE_S
 from pilotlight.host.swap import HostControl
 from pilotlight.host.verified import Verified
 from pilotlight.metering.database import located
@@ -136,6 +137,7 @@ class _Server(uvicorn.Server):
                 access_log=False,
                 lifespan="off",
                 server_header=False,
+                timeout_keep_alive=KEEP_ALIVE_S,
                 timeout_graceful_shutdown=int(drain_timeout_s) + CLOSE_TIMEOUT_S,
             )
         )

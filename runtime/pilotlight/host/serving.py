@@ -12,6 +12,10 @@ from starlette.types import ASGIApp
 
 from pilotlight.errors import ConfigError
 
+KEEP_ALIVE_S = 75
+"""How long a connection on which nothing is asked stays open: longer than clients (httpx: 5 s) and load balancers
+(commonly 60 s) keep theirs. Otherwise a request that is sent at that very moment is lost, and may not be sent again."""
+
 Tls = tuple[Path, Path | None]
 
 
@@ -29,7 +33,14 @@ def serve_app(app: ASGIApp, address: str, port: int, on_ready: Callable[[str], N
         why = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
         raise ConfigError(f"cannot listen on {address}:{port}: {why}") from error
     with listener:
-        config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", server_header=False)
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
+        )
         if tls is not None:
             config.ssl_certfile, config.ssl_keyfile = tls
         try:
