@@ -250,6 +250,12 @@ class TestServe:
     def test_an_artifact_that_is_not_there(self, elsewhere: Path) -> None:
         assert failure("serve", "none", "--port", 0) == "none: does not exist"
 
+    def test_an_artifact_that_was_altered(self, elsewhere: Path) -> None:
+        graph = write_artifact(elsewhere / "altered") / "model.onnx"
+        graph.write_bytes(graph.read_bytes()[::-1])
+        expected = "altered/model.onnx: was altered: its sha256 is not the one in the manifest"
+        assert failure("serve", "altered", "--port", 0) == expected
+
     def test_a_context_that_the_model_has_not(self, elsewhere: Path, toy_artifact: Artifact) -> None:
         table = f"[functions.toy]\nartifact = '{toy_artifact.path}'\nmax_context_tokens = 65\n"
         (elsewhere / "my.toml").write_text(f"[host]\nport = 0\n{table}")

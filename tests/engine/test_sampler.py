@@ -142,6 +142,11 @@ def test_random_numbers_are_a_function_of_seed_and_counter() -> None:
     assert abs(np.corrcoef(trials[:-1], trials[1:])[0, 1]) < 0.07
 
 
+def test_a_seed_gives_its_own_draws_and_the_same_ones_again() -> None:
+    drawn = [draw(logits_of(1)[0], SamplingParams(seed=seed), 40).tolist() for seed in (1, 2, 1)]
+    assert drawn[0] == drawn[2] != drawn[1]
+
+
 def test_equal_logits_are_ordered_by_id() -> None:
     logits = np.zeros(3000, np.float32)
     logits[[5, 2999]] = 1.0
