@@ -17,11 +17,8 @@ from pilotlight.host.routing import Choice
 CROWDED_TOKENS = 1_000_000
 """A replica without a free slot comes after all others, whatever it knows."""
 
-SUSPECT_TOKENS = 1_000 * CROWDED_TOKENS
-"""One that was just unreachable comes after those."""
-
-SUSPECT_S = 10.0
-"""How long: until then Ray has declared it dead, or it answers again."""
+SUSPECT_S = 5.0
+"""How long nothing is sent to a replica that could not be reached: by then Ray knows whether it is dead."""
 
 MAX_REMEMBERED_BLOCKS = 4096
 MAX_REMEMBERED_LEAVING = 1024
@@ -59,8 +56,6 @@ class Known:
         outstanding = sum(list(self.work.values()))
         if len(self.work) >= self.max_ongoing:
             outstanding += CROWDED_TOKENS
-        if time.monotonic() < self.suspect_until:
-            outstanding += SUSPECT_TOKENS
         return Choice(outstanding, self.prefixes.num_known(blocks) * block_tokens)
 
 
@@ -75,8 +70,8 @@ def present(deployment: str, replicas: Mapping[str, int]) -> None:
 
 
 def staying(deployment: str) -> dict[str, Known]:
-    """Return the replicas of a deployment that are not leaving."""
-    return {key: one for key, one in _known.get(deployment, {}).items() if key not in _leaving}
+    """Return the replicas of a deployment that may be sent something."""
+    return {key: one for key, one in _known.get(deployment, {}).items() if not is_spared(deployment, key)}
 
 
 def known(deployment: str, key: str) -> Known | None:
@@ -101,5 +96,7 @@ def leave_out(replica_id: str) -> None:
         _leaving.append(key)
 
 
-def is_leaving(key: str) -> bool:
-    return key in _leaving
+def is_spared(deployment: str, key: str) -> bool:
+    """Say whether a replica is leaving, or could not be reached just now."""
+    one = known(deployment, key)
+    return key in _leaving or (one is not None and time.monotonic() < one.suspect_until)

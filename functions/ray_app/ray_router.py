@@ -27,7 +27,7 @@ class PrefixRouter(FIFOMixin, MultiplexMixin, RequestRouter):  # type: ignore[mi
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        staying = [one for one in candidate_replicas if not ray_replicas.is_leaving(_key(one.replica_id))]
+        staying = [one for one in candidate_replicas if not ray_replicas.is_spared(self._pool, _key(one.replica_id))]
         if pending_request is None or not staying:
             return [staying] if staying else []
         if pending_request.metadata.multiplexed_model_id:

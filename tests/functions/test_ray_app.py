@@ -107,7 +107,7 @@ from ray.serve.config import AutoscalingPolicy, RequestRouterConfig
 import ray_mix, ray_place, ray_replicas
 router = RequestRouterConfig(request_router_class="ray_router:PrefixRouter").get_request_router_class()
 ray_replicas.leave_out("demo-abc")
-print(router.choose_replicas.__globals__["ray_replicas"].is_leaving("abc"))
+print(router.choose_replicas.__globals__["ray_replicas"].is_spared("demo", "abc"))
 kwargs = {"pool": "f", "mix": {}, "num_slots": 4}
 for kind in ("on_demand", "spot"):
     policy = AutoscalingPolicy(policy_function="ray_scaling:MixedPolicy").get_policy()
