@@ -12,6 +12,7 @@ import pytest
 from pilotlight.scratch import scratch
 
 WORKER = """
+import signal
 import sys
 from pathlib import Path
 
@@ -29,6 +30,7 @@ def work():
         sys.stdin.read()
 
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so did this one
 cli._Commands.get_command = lambda *_: work
 cli.main(["work"])
 """

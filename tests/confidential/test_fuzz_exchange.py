@@ -22,6 +22,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.x509 import load_der_x509_crl
 from joserfc.jwk import ECKey, RSAKey
 
 from confidential.test_key_release import ARTIFACT, attestation, enveloped, policy, sealed_for
@@ -190,14 +191,33 @@ def _token(kind: Kind, seed: bytes) -> tuple[Parse, bytes]:
 
 def _revocations() -> tuple[Parse, bytes]:
     root, leaf = tree()
+    original = root.revoke()
 
     def parse(content: bytes) -> None:
         try:
             chain.check_not_revoked((leaf, root.certificate), [content], NOW)
         except Refused as refused:
             raise PilotlightError(str(refused)) from refused
+        if _signed(content) == _signed(original):
+            raise PilotlightError("it says the same")
 
-    return parse, root.revoke()
+    return parse, original
+
+
+def _signed(revocations: bytes) -> bytes:
+    """Return what the signature is of; the bits around it can be written in more than one way."""
+    return load_der_x509_crl(revocations).tbs_certlist_bytes
+
+
+def test_a_list_written_in_another_way_is_not_taken_for_another_list() -> None:
+    """How many bits of the signature's last byte are unused is not signed, and does not matter where they are zero."""
+    parse, original = _revocations()
+    while original[-1] & 1:
+        parse, original = _revocations()
+    written_otherwise = bytearray(original)
+    written_otherwise[-len(load_der_x509_crl(original).signature) - 1] = 1
+    with pytest.raises(PilotlightError, match="says the same"):
+        parse(bytes(written_otherwise))
 
 
 def a_record() -> UsageRecord:
