@@ -262,6 +262,7 @@ def test_a_token_about_a_trust_domain_is_accepted() -> None:
         ({"x-ms-sevsnpvm-reportdata": "no hex"}, Problem.NONCE),
         ({"x-ms-compliance-status": "none"}, Problem.CLAIM),
         ({"x-ms-attestation-type": "sgx"}, Problem.KIND),
+        ({"x-ms-attestation-type": []}, Problem.KIND),
         ({"iss": "https://evil.eus2.attest.azure.net"}, Problem.ISSUER),
         ({"iss": [MAA]}, Problem.ISSUER),
         ({"exp": NOW.timestamp() - 1}, Problem.EXPIRED),

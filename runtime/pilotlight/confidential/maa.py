@@ -63,7 +63,7 @@ def verify(evidence: Evidence, *, nonce: bytes | None, at: datetime, roots: Root
     given = verify_token(token, ALGORITHM, at, roots)
     machine = given[NESTED] if isinstance(given.get(NESTED), dict) else given
     kind = machine.get(TYPE)
-    if kind not in NAMES:
+    if not isinstance(kind, str) or kind not in NAMES:
         raise Refused(Problem.KIND, f"the token is about {str(kind)[:40]!r}, no machine that is known here")
     claims = _claims(given, machine, NAMES[kind])
     fresh = nonce is not None and (_in_report(claims, nonce) or _in_payload(given, nonce))
