@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -262,15 +263,18 @@ def config_process(config: Path, ledger: Path | str) -> Iterator[ServerProcess]:
 def _serving_process(ledger: Path | str, arguments: list[str]) -> Iterator[ServerProcess]:
     python, *options = arguments
     command = [python, "-m", "pilotlight", "serve", *options, "--port", "0", "--ledger", str(ledger)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with (
+        tempfile.TemporaryFile("w+") as log,  # a pipe that nobody reads is full at some time, and then the server waits
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as process,
+    ):
         try:
             assert process.stdout is not None
             lines = iter(process.stdout.readline, "")
             url = next((match[1] for line in lines if (match := re.search(r"serving (\S+)/v1", line))), None)
             if url is None:
-                assert process.stderr is not None
-                raise AssertionError(process.stderr.read())
+                log.seek(0)
+                raise AssertionError(log.read())
             yield ServerProcess(process, url)
         finally:
             process.terminate()
-            process.communicate(timeout=30)
+            process.communicate(timeout=60)

@@ -131,18 +131,24 @@ class WireLink:
             self._loop.remove_writer(self._connection.fileno())
 
     def _read(self) -> None:
-        try:
-            received = self._connection.recv(READ_BYTES)
-        except BlockingIOError:
-            return
-        except OSError as error:
-            self._end(str(error))
-            return
-        if not received:
-            self._end("its process ended")
-            return
-        for payload in self._reader.feed(received):
-            self._listener.received(from_replica.decode(payload))
+        """Take all there is, to its end.
+
+        A process that dies with messages unread leaves an error on its socket beside what it sent last. uvloop calls a
+        reader once for that, and never again.
+        """
+        while self._open:
+            try:
+                received = self._connection.recv(READ_BYTES)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                self._end(str(error))
+                return
+            if not received:
+                self._end("its process ended")
+                return
+            for payload in self._reader.feed(received):
+                self._listener.received(from_replica.decode(payload))
 
     def _end(self, cause: str) -> None:
         self.close()
