@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import io
 import os
 import time
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +17,7 @@ from numpy.typing import NDArray
 from pilotlight.artifact import BATCH_GRAPH, GRAPH, KV_SCALES, PREFILL_GRAPH, WEIGHTS, Artifact, Manifest, Shapes
 from pilotlight.engine.device_logits import DeviceLogits
 from pilotlight.engine.graph_cache import GraphCache
+from pilotlight.engine.heap import large_blocks_apart, return_freed_memory
 from pilotlight.engine.pace import DecodeGraph
 from pilotlight.engine.prefix_cache import Held
 from pilotlight.engine.slots import KV_DTYPES, KvCache, Scales
@@ -384,13 +382,6 @@ def _open_and_keep(path: Path, target: Path, num_threads: int, manifest: Manifes
     raise ArtifactError(target, "does not compute what it was made from")
 
 
-def return_freed_memory() -> None:
-    """Give back to the system what making a session needed and running it doesn't, where the C library can."""
-    gc.collect()
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
 _KEEP = {
     "session.optimized_model_external_initializers_file_name": WEIGHTS,
     # Between the two: axes and split sizes must stay in the graph, and weights must be where they can be mapped.
@@ -450,9 +441,14 @@ def _profiling_options(num_threads: int, prefix: str) -> ort.SessionOptions:
 
 
 def _open(path: Path, options: ort.SessionOptions, graph: bytes | None = None) -> ort.InferenceSession:
-    """Open the graph at ``path``, or the one given in its place."""
+    """Open the graph at ``path``, or the one given in its place.
+
+    Opening lays every weight out once more, if only to find that it was kept so. Among the small blocks those would
+    leave the heap as large as they are all together.
+    """
     try:
-        return ort.InferenceSession(graph or str(path), options, providers=["CPUExecutionProvider"])
+        with large_blocks_apart():
+            return ort.InferenceSession(graph or str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's errors share no base class of their own
         cause = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ArtifactError(path, f"ONNX Runtime cannot load it ({cause})") from error

@@ -20,7 +20,8 @@ import numpy as np
 from pilotlight.artifact import GRAPH, PREFILL_GRAPH, Artifact
 from pilotlight.engine.engine import Engine, Event
 from pilotlight.engine.grammar import Grammars
-from pilotlight.engine.session import ALL_GRAPHS, OnnxSession, quickest_graphs, return_freed_memory
+from pilotlight.engine.heap import return_freed_memory
+from pilotlight.engine.session import ALL_GRAPHS, OnnxSession, quickest_graphs
 from pilotlight.errors import PilotlightError
 from pilotlight.host.opening import reopen_artifact
 from pilotlight.host.wire import Abort, Beat, BlockingWire, Close, Failed, ReplicaSpec, Stages, Started, Step, Submit

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NoReturn
 
-from pilotlight.engine.session import return_freed_memory
+from pilotlight.engine.heap import return_freed_memory
 from pilotlight.errors import PilotlightError
 from pilotlight.host import replica
 from pilotlight.host.lifeline import die_with, ignore_signals_of_the_group, name_process
