@@ -8,6 +8,7 @@ from functools import cache
 import pytest
 from hypothesis import settings
 
+from pilotlight.api import sse
 from pilotlight.artifact import Artifact, open_artifact
 from support import DEMO_MODEL, export_artifact, write_artifact
 
@@ -60,4 +61,13 @@ def _graph_cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Itera
     """Servers started by tests keep their graphs here and not in the user's home."""
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("PILOTLIGHT_CACHE_DIR", str(tmp_path_factory.mktemp("graphs")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nobody_pings() -> Iterator[None]:
+    """Streams in this process consist of what is generated, however long that takes; tests of pings have their own."""
+    with pytest.MonkeyPatch.context() as patched:
+        for name in ("PING_AFTER_S", "PING_BEFORE_FIRST_TOKEN_S"):
+            patched.setattr(sse, name, 3600.0)
         yield

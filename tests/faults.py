@@ -29,7 +29,11 @@ from pilotlight.request import FinishReason
 
 NUM_WORKERS = 12
 MAX_TOKENS = 150
-TIMEOUT_S = 30.0
+TIMEOUT_S = 300.0
+ENDS = {FinishReason.LENGTH, FinishReason.CANCELLED, FinishReason.CRASHED}
+MIN_HOST_KILLS = 2
+MIN_FINISHED = 5
+"""How many answers have to come whole between two kills: on a slow machine nothing else would happen than starts."""
 
 
 @dataclass
@@ -56,18 +60,20 @@ class Run:
     kills: Counter[str] = field(default_factory=Counter)
     port: int = 0
     token: str = ""
+    over: bool = False
 
     async def run(self) -> None:
-        """Serve and ask until the time is up, and end the last server in order."""
+        """Serve and ask until the time is up and enough was killed, and end the last server in order."""
         with KeyDesk(self.ledger) as desk:
             limits = Limits(tokens_per_day=10**12, requests_per_minute=10**9, max_concurrent=10**6)
             _, self.token = desk.create("faults", "faults", None, limits)
         ends_at = time.monotonic() + self.duration_s
         server = await self._start()
-        clients = [asyncio.create_task(self._ask_on(worker, ends_at)) for worker in range(NUM_WORKERS)]
+        clients = [asyncio.create_task(self._ask_on(worker)) for worker in range(NUM_WORKERS)]
         rng = random.Random(self.seed)
-        while time.monotonic() < ends_at:
-            await asyncio.sleep(min(self.kill_every_s * rng.uniform(0.5, 1.5), max(0.0, ends_at - time.monotonic())))
+        while (now := time.monotonic()) < ends_at or (now < ends_at + TIMEOUT_S and not self._has_seen_all()):
+            await asyncio.sleep(self.kill_every_s * rng.uniform(0.5, 1.5))
+            await self._some_finish(clients)
             replicas = _descendants(server.pid)
             if replicas and rng.random() < 0.5:
                 with contextlib.suppress(ProcessLookupError):
@@ -78,9 +84,27 @@ class Run:
                 await server.wait()
                 self.kills["host"] += 1
                 server = await self._start()
+        await self._some_finish(clients)
+        self.over = True
         await asyncio.gather(*clients)
         server.terminate()
         assert await asyncio.wait_for(server.wait(), TIMEOUT_S) == 0
+
+    def _has_seen_all(self) -> bool:
+        """Return whether answers have ended in every way so far; on a slow machine it takes more than one kill."""
+        with LedgerReader(self.ledger) as reader:
+            ends = {record.finish_reason for record in reader.records()}
+        return ends >= ENDS and self.kills["host"] >= MIN_HOST_KILLS
+
+    async def _some_finish(self, clients: list[asyncio.Task[None]]) -> None:
+        before = self._num_finished
+        while self._num_finished < before + MIN_FINISHED:
+            assert not any(client.done() for client in clients)
+            await asyncio.sleep(0.01)
+
+    @property
+    def _num_finished(self) -> int:
+        return sum(sent.finished for sent in self.sent.values())
 
     async def _start(self) -> asyncio.subprocess.Process:
         command = ["-m", "pilotlight", "serve", str(self.artifact), "--name", "demo", "--port", "0", "--slots", "6"]
@@ -94,11 +118,11 @@ class Run:
                 return server
         raise AssertionError("the server did not start")
 
-    async def _ask_on(self, worker: int, ends_at: float) -> None:
+    async def _ask_on(self, worker: int) -> None:
         rng = random.Random(f"{self.seed}-{worker}")
         number = 0
         async with httpx.AsyncClient(timeout=TIMEOUT_S) as client:
-            while time.monotonic() < ends_at:
+            while not self.over:
                 request_id = f"{worker}-{number}"
                 number += 1
                 sent = self.sent[request_id] = Sent()

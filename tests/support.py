@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import subprocess
@@ -17,6 +18,7 @@ import httpx
 from starlette.types import ASGIApp
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from pace import Pace
 from pilotlight.api.app import Api
 from pilotlight.api.attestation import Attester
 from pilotlight.api.idempotency import KeptAnswers
@@ -60,6 +62,8 @@ VOCAB_SIZE = 258
 EOS_ID = 257
 MAX_BODY_BYTES = 100_000
 SMALL_CHUNKS = Policy(max_chunk_tokens=8)
+PATIENCE_S = 300.0
+"""When a test that waits gives up. Nothing takes so long; on a busy machine, everything may take long."""
 PRICES = {"prompt_per_million_tokens": "1000000", "completion_per_million_tokens": "2000000"}
 
 
@@ -199,6 +203,23 @@ async def serving(
             await kept_answers.close()
 
 
+def let_pass(seconds: float) -> None:
+    """Have the running loop's timers find that so much time has gone by."""
+    loop = asyncio.get_running_loop()
+    clock = loop.time
+    loop.time = lambda: clock() + seconds  # type: ignore[method-assign]
+
+
+async def run_out_of_time(function: Function, request_id: str, left_s: float) -> None:
+    """Let so much time pass for a request that is admitted, or will be, and wait until that has cut it off."""
+    while (invocation := function.running(request_id)) is None:
+        await asyncio.sleep(0)
+    await asyncio.wait({invocation.admitted})  # its deadline is set then
+    let_pass(left_s)
+    while invocation.cut is None:
+        await asyncio.sleep(0)
+
+
 def expected_tokens(
     prompt_ids: list[int], max_new_tokens: int, stop_ids: frozenset[int] = frozenset({EOS_ID})
 ) -> list[int]:
@@ -212,9 +233,9 @@ def expected_tokens(
 
 
 def events(text: str) -> list[dict[str, Any]]:
-    """Parse an SSE body whose frames all carry JSON, except for the terminator."""
+    """Parse an SSE body whose frames all carry JSON, except for the terminator and pings."""
     frames = text.removesuffix("\n\n").split("\n\n")
-    return [json.loads(frame.removeprefix("data: ")) for frame in frames if frame != "data: [DONE]"]
+    return [json.loads(frame.removeprefix("data: ")) for frame in frames if frame not in ("data: [DONE]", ": ping")]
 
 
 def named_events(text: str) -> list[tuple[str, dict[str, Any]]]:
@@ -245,27 +266,28 @@ class ServerProcess:
 
 @contextmanager
 def server_process(
-    artifact: Path, ledger: Path, *options: str, python: str = sys.executable
+    artifact: Path, ledger: Path, *options: str, python: str = sys.executable, pace: Pace | None = None
 ) -> Iterator[ServerProcess]:
     """Serve an artifact as ``demo`` on a free port; the process has ended when the block is left."""
-    with _serving_process(ledger, [python, str(artifact), "--name", "demo", *options]) as server:
+    with _serving_process(ledger, [python, str(artifact), "--name", "demo", *options], pace) as server:
         yield server
 
 
 @contextmanager
-def config_process(config: Path, ledger: Path | str) -> Iterator[ServerProcess]:
+def config_process(config: Path, ledger: Path | str, pace: Pace | None = None) -> Iterator[ServerProcess]:
     """Serve the functions of a configuration on a free port; the process has ended when the block is left."""
-    with _serving_process(ledger, [sys.executable, "--config", str(config)]) as server:
+    with _serving_process(ledger, [sys.executable, "--config", str(config)], pace) as server:
         yield server
 
 
 @contextmanager
-def _serving_process(ledger: Path | str, arguments: list[str]) -> Iterator[ServerProcess]:
+def _serving_process(ledger: Path | str, arguments: list[str], pace: Pace | None) -> Iterator[ServerProcess]:
     python, *options = arguments
     command = [python, "-m", "pilotlight", "serve", *options, "--port", "0", "--ledger", str(ledger)]
+    variables = None if pace is None else pace.environment
     with (
         tempfile.TemporaryFile("w+") as log,  # a pipe that nobody reads is full at some time, and then the server waits
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as process,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=variables) as process,
     ):
         try:
             assert process.stdout is not None
@@ -277,4 +299,8 @@ def _serving_process(ledger: Path | str, arguments: list[str]) -> Iterator[Serve
             yield ServerProcess(process, url)
         finally:
             process.terminate()
-            process.communicate(timeout=60)
+            try:
+                process.communicate(timeout=PATIENCE_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise

@@ -8,6 +8,7 @@ from pathlib import Path
 import openai
 import pytest
 
+from pace import Pace
 from pilotlight.artifact import Artifact
 from support import ServerProcess, server_process
 
@@ -18,8 +19,14 @@ def ledger(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(demo_int4: Artifact, ledger: Path) -> Iterator[ServerProcess]:
-    with server_process(demo_int4.path, ledger) as server:
+def pace(tmp_path_factory: pytest.TempPathFactory) -> Pace:
+    """How fast the server's model runs."""
+    return Pace(tmp_path_factory.mktemp("pace"))
+
+
+@pytest.fixture(scope="module")
+def server(demo_int4: Artifact, ledger: Path, pace: Pace) -> Iterator[ServerProcess]:
+    with server_process(demo_int4.path, ledger, pace=pace) as server:
         yield server
 
 

@@ -13,10 +13,11 @@ import pytest
 from anthropic.types import MessageParam, TextBlock, ToolParam, ToolUseBlock
 
 from corpus import held_out_turns
+from pace import Pace
 from pilotlight.metering.ledger_reader import LedgerReader
 from pilotlight.metering.record import UsageRecord
 from pilotlight.request import FinishReason
-from support import ServerProcess
+from support import PATIENCE_S, ServerProcess
 
 pytestmark = [pytest.mark.e2e, pytest.mark.model]
 
@@ -38,7 +39,7 @@ def text_of(message: anthropic.types.Message) -> str:
 def record_of(ledger: Path, request_id: str | None, server: ServerProcess) -> UsageRecord:
     """Return an invocation's record, waiting for it as long as the server lives."""
     assert request_id is not None
-    with LedgerReader(ledger) as reader, httpx.Client(base_url=server.url) as http:
+    with LedgerReader(ledger) as reader, httpx.Client(base_url=server.url, timeout=PATIENCE_S) as http:
         while (record := reader.get(request_id)) is None:
             assert http.get("/livez").status_code == 200
     return record
@@ -132,7 +133,7 @@ def test_the_async_client_runs_several_at_once(server: ServerProcess, ledger: Pa
         assert record.completion_tokens == message.usage.output_tokens
 
 
-def test_a_stream_that_is_closed_early_is_metered(server: ServerProcess, ledger: Path) -> None:
+def test_a_stream_that_is_closed_early_is_metered(server: ServerProcess, ledger: Path, pace: Pace) -> None:
     async def scenario() -> str:
         async with (
             anthropic.AsyncAnthropic(base_url=server.url, api_key="none", max_retries=0) as client,
@@ -144,7 +145,8 @@ def test_a_stream_that_is_closed_early_is_metered(server: ServerProcess, ledger:
                 break
             return stream.response.headers["request-id"]
 
-    record = record_of(ledger, asyncio.run(scenario()), server)
+    with pace.slow():
+        record = record_of(ledger, asyncio.run(scenario()), server)
     assert record.finish_reason is FinishReason.CANCELLED
     assert 1 <= record.completion_tokens < 500
 
@@ -182,11 +184,18 @@ def test_arguments_are_streamed_to_the_async_client(server: ServerProcess) -> No
     assert json.loads(written) == arguments
 
 
-def test_it_retries_until_there_is_room(server: ServerProcess) -> None:
+def test_it_retries_until_there_is_room(server: ServerProcess, pace: Pace) -> None:
     """More at once than the queue holds."""
 
+    async def hurry_once_it_is_full(response: httpx.Response) -> None:
+        if response.status_code == 503:
+            pace.hurry()
+
     async def scenario() -> list[int]:
-        async with anthropic.AsyncAnthropic(base_url=server.url, api_key="none", max_retries=8) as client:
+        http = anthropic.DefaultAsyncHttpxClient(event_hooks={"response": [hurry_once_it_is_full]})
+        async with anthropic.AsyncAnthropic(
+            base_url=server.url, api_key="none", max_retries=100, http_client=http
+        ) as client:
             create = client.messages.with_raw_response.create
             raws = await asyncio.gather(
                 *(create(model="demo", max_tokens=20, messages=user("Hello!")) for _ in range(120))
@@ -194,4 +203,5 @@ def test_it_retries_until_there_is_room(server: ServerProcess) -> None:
             assert {(await raw.parse()).stop_reason for raw in raws} == {"max_tokens"}
             return [raw.retries_taken for raw in raws]
 
-    assert max(asyncio.run(scenario())) > 0
+    with pace.slow(pause_s=0.5):
+        assert max(asyncio.run(scenario())) > 0

@@ -17,12 +17,14 @@ import openai
 import pytest
 from pydantic import BaseModel
 
+from pace import Pace
 from pilotlight.metering.ledger_reader import LedgerReader
 from pilotlight.request import FinishReason
-from support import ServerProcess
+from support import PATIENCE_S, ServerProcess
 
 pytestmark = [pytest.mark.e2e, pytest.mark.model]
 ROOT = Path(__file__).parents[2]
+TESTS = ROOT / "tests"
 OTHER_CLIENTS = ROOT / ".venv-clients" / "bin" / "python"
 MESSAGES: list[Any] = [{"role": "user", "content": "Hello!"}]
 TOOL: Any = {
@@ -89,24 +91,25 @@ def test_openai_gets_choices_and_log_probabilities(client: openai.OpenAI) -> Non
     assert len(text.choices[0].logprobs.tokens or []) == 3
 
 
-def test_openai_asynchronously_many_at_once_and_cancelled(server: ServerProcess, ledger: Path) -> None:
-    async def scenario() -> str:
+def test_openai_asynchronously_many_at_once_and_cancelled(server: ServerProcess, ledger: Path, pace: Pace) -> None:
+    async def scenario() -> None:
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
             answers = await asyncio.gather(
                 *(client.chat.completions.create(model="demo", messages=MESSAGES, max_tokens=5) for _ in range(6))
             )
             assert len({answer.choices[0].message.content for answer in answers}) == 1
             extra = {"ignore_eos": True}
-            stream = await client.chat.completions.create(
-                model="demo", messages=MESSAGES, stream=True, max_tokens=400, extra_body=extra
-            )
-            async for chunk in stream:
-                await stream.close()
-                return chunk.id
+            with pace.slow():
+                stream = await client.chat.completions.create(
+                    model="demo", messages=MESSAGES, stream=True, max_tokens=400, extra_body=extra
+                )
+                async for chunk in stream:
+                    await stream.close()
+                    await asyncio.to_thread(assert_cancelled, server, ledger, chunk.id)
+                    return
             raise AssertionError("nothing came")
 
-    left = asyncio.run(scenario())
-    assert_cancelled(server, ledger, left)
+    asyncio.run(scenario())
 
 
 def assert_cancelled(server: ServerProcess, ledger: Path, request_id: str) -> None:
@@ -129,11 +132,17 @@ def test_openai_raises_what_belongs_to_a_status(client: openai.OpenAI) -> None:
         client.chat.completions.parse(model="demo", messages=MESSAGES, response_format=Sum, max_tokens=2)
 
 
-def test_openai_retries_until_there_is_room(server: ServerProcess) -> None:
+def test_openai_retries_until_there_is_room(server: ServerProcess, pace: Pace) -> None:
     """More at once than the queue holds: 503 with Retry-After, and the client comes back by itself."""
 
+    async def hurry_once_it_is_full(response: httpx.Response) -> None:
+        if response.status_code == 503:
+            pace.hurry()
+
     async def scenario() -> list[int]:
-        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=8) as client:
+        http = openai.DefaultAsyncHttpxClient(event_hooks={"response": [hurry_once_it_is_full]})
+        url = f"{server.url}/v1"
+        async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=100, http_client=http) as client:
             create = client.chat.completions.with_raw_response.create
             raws = await asyncio.gather(
                 *(create(model="demo", messages=MESSAGES, max_tokens=30, n=8) for _ in range(24))
@@ -141,39 +150,50 @@ def test_openai_retries_until_there_is_room(server: ServerProcess) -> None:
             assert {len(raw.parse().choices) for raw in raws} == {8}
             return [raw.retries_taken for raw in raws]
 
-    assert max(asyncio.run(scenario())) > 0
+    with pace.slow(pause_s=0.5):
+        assert max(asyncio.run(scenario())) > 0
 
 
-def test_openai_is_told_in_the_stream_that_it_was_cancelled(client: openai.OpenAI, server: ServerProcess) -> None:
+def test_openai_is_told_in_the_stream_that_it_was_cancelled(
+    client: openai.OpenAI, server: ServerProcess, pace: Pace
+) -> None:
     extra = {"ignore_eos": True}
-    stream = client.chat.completions.create(
-        model="demo", messages=MESSAGES, stream=True, max_tokens=400, extra_body=extra
-    )
-    first = next(stream)
-    assert httpx.post(f"{server.url}/v1/requests/{first.id}/cancel").status_code == 200
-    with pytest.raises(openai.APIError) as told:
-        list(stream)
+    with pace.slow():
+        stream = client.chat.completions.create(
+            model="demo", messages=MESSAGES, stream=True, max_tokens=400, extra_body=extra
+        )
+        first = next(stream)
+        cancelled = httpx.post(f"{server.url}/v1/requests/{first.id}/cancel", timeout=PATIENCE_S)
+        assert cancelled.status_code == 200
+        with pytest.raises(openai.APIError) as told:
+            list(stream)
     assert told.value.code == "request_cancelled"
 
 
-def other_client(server: ServerProcess, script: str) -> dict[str, Any]:
+def other_client(server: ServerProcess, pace: Pace, script: str) -> dict[str, Any]:
     if not OTHER_CLIENTS.exists():
         pytest.skip(f"no environment with litellm and langchain-openai at {OTHER_CLIENTS}: make clients")
     prelude = f"url = {server.url!r} + '/v1'\nmessages = {MESSAGES!r}\ntool = json.loads({json.dumps(TOOL)!r})\n"
-    program = "import json\n" + prelude + ALIKE + script
-    done = subprocess.run([str(OTHER_CLIENTS), "-c", program], capture_output=True, text=True, timeout=240)
+    prelude += f"sys.path.append({str(TESTS)!r})\nfolder = {str(pace.folder)!r}\n"
+    program = "import json, sys\n" + prelude + ALIKE + script
+    command = [str(OTHER_CLIENTS), "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=2 * PATIENCE_S)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return found
 
 
 ALIKE = """
-import asyncio, logging, os, urllib.error, urllib.request
+import asyncio, logging, os, pathlib, urllib.error, urllib.request
+from pace import Pace
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
+pace = Pace(pathlib.Path(folder))
 class Retries(logging.Handler):
     count = 0
     def emit(self, record):
-        Retries.count += record.getMessage().startswith("Retrying request")
+        if record.getMessage().startswith("Retrying request"):
+            Retries.count += 1
+            pace.hurry()
 logging.getLogger("openai._base_client").setLevel(logging.INFO)
 logging.getLogger("openai._base_client").addHandler(Retries())
 def ended(request_id):
@@ -201,13 +221,15 @@ later = asyncio.run(litellm.acompletion(**common, max_tokens=8))
 async def more():
     stream = await litellm.acompletion(**common, stream=True, tools=[tool], tool_choice="required")
     pieces = [delta async for chunk in stream for delta in (chunk.choices[0].delta.tool_calls or [])]
-    endless = await litellm.acompletion(**common, stream=True, max_tokens=400, extra_body={"ignore_eos": True})
-    async for chunk in endless:
-        await endless.aclose()
-        break
-    left = await asyncio.to_thread(ended, chunk.id)
-    many = [litellm.acompletion(**{**common, "num_retries": 8}, max_tokens=30, n=8) for _ in range(24)]
-    answers = await asyncio.gather(*many)
+    with pace.slow():
+        endless = await litellm.acompletion(**common, stream=True, max_tokens=400, extra_body={"ignore_eos": True})
+        async for chunk in endless:
+            await endless.aclose()
+            break
+        left = await asyncio.to_thread(ended, chunk.id)
+    many = [litellm.acompletion(**{**common, "num_retries": 100}, max_tokens=30, n=8) for _ in range(24)]
+    with pace.slow(pause_s=0.5):
+        answers = await asyncio.gather(*many)
     return "".join(piece.function.arguments or "" for piece in pieces), left, len(answers)
 arguments, left, many = asyncio.run(more())
 try:
@@ -245,22 +267,26 @@ async def more():
     later = (await model.ainvoke("Hello!")).content
     forced = model.bind_tools([tool], tool_choice="get_weather")
     pieces = [piece async for chunk in forced.astream("Hello!") for piece in chunk.tool_call_chunks]
-    patient = ChatOpenAI(model="demo", base_url=url, api_key="none", max_retries=8, max_tokens=30, n=8)
-    answers = await asyncio.gather(*(patient.ainvoke("Hello!") for _ in range(24)))
-    stream = endless("left-by-a-task").astream("Hello!")
-    async for _ in stream:
-        break
-    await stream.aclose()
-    left = await asyncio.to_thread(ended, "left-by-a-task")
+    patient = ChatOpenAI(model="demo", base_url=url, api_key="none", max_retries=100, max_tokens=30, n=8)
+    with pace.slow(pause_s=0.5):
+        answers = await asyncio.gather(*(patient.ainvoke("Hello!") for _ in range(24)))
+    with pace.slow():
+        stream = endless("left-by-a-task").astream("Hello!")
+        async for _ in stream:
+            break
+        await stream.aclose()
+        left = await asyncio.to_thread(ended, "left-by-a-task")
     return later, "".join(piece["args"] or "" for piece in pieces), len(answers), left
 def endless(request_id):
     headers = {"x-request-id": request_id}
     return ChatOpenAI(model="demo", base_url=url, api_key="none", max_retries=0, max_tokens=400,
                       default_headers=headers, extra_body={"ignore_eos": True})
 later, arguments, many, left = asyncio.run(more())
-stream = endless("left-by-a-loop").stream("Hello!")
-next(stream)
-stream.close()
+with pace.slow():
+    stream = endless("left-by-a-loop").stream("Hello!")
+    next(stream)
+    stream.close()
+    left_by_a_loop = ended("left-by-a-loop")
 try:
     ChatOpenAI(model="nobody", base_url=url, api_key="none", max_retries=0).invoke("Hello!")
     error = None
@@ -274,14 +300,14 @@ print(json.dumps({
     "whole": whole.content, "streamed": streamed, "call": called.tool_calls[0]["args"],
     "errors": [error, too_long],
     "later": later, "arguments": json.loads(arguments), "many": many, "retries": Retries.count,
-    "left": [left, ended("left-by-a-loop")],
+    "left": [left, left_by_a_loop],
     "kinds": [type(by_schema).__name__, type(by_call).__name__], "tokens": whole.usage_metadata["output_tokens"],
 }))
 """
 
 
-def test_litellm(server: ServerProcess) -> None:
-    found = other_client(server, LITELLM)
+def test_litellm(server: ServerProcess, pace: Pace) -> None:
+    found = other_client(server, pace, LITELLM)
     assert found["whole"] == found["streamed"] == found["later"]
     assert found["call"].keys() == {"city", "days"}
     assert found["held"].keys() == {"a"}
@@ -293,8 +319,8 @@ def test_litellm(server: ServerProcess) -> None:
     assert found["left"] == ["cancelled", True]
 
 
-def test_langchain(server: ServerProcess) -> None:
-    found = other_client(server, LANGCHAIN)
+def test_langchain(server: ServerProcess, pace: Pace) -> None:
+    found = other_client(server, pace, LANGCHAIN)
     assert found["whole"] == found["streamed"] == found["later"]
     assert found["arguments"].keys() == {"city", "days"}
     assert found["many"] == 24

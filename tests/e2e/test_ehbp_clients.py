@@ -16,6 +16,7 @@ from confidential.served import Change, Middle, flipped, frames_of, served
 from pilotlight.api.encrypted_bodies import EncryptedBodies
 from pilotlight.artifact import Artifact
 from pilotlight.confidential.ehbp import ENCAPSULATED_KEY, ServerKey
+from support import PATIENCE_S
 
 ROOT = Path(__file__).parents[2]
 CLIENTS = Path(__file__).parent / "ehbp"
@@ -36,7 +37,7 @@ def _node(url: str) -> dict[str, str]:
 
 
 def _outcome(command: list[str]) -> dict[str, str]:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
     found: dict[str, str] = json.loads(done.stdout)
     return found
@@ -157,7 +158,10 @@ def test_a_repeated_request_is_refused(run: Run, toy_artifact: Artifact, tmp_pat
         assert "text" in run(url)
         ((headers, body),) = middle.requests
         again = httpx.post(
-            f"{url}/v1/chat/completions", content=body, headers={ENCAPSULATED_KEY: headers[ENCAPSULATED_KEY]}
+            f"{url}/v1/chat/completions",
+            content=body,
+            headers={ENCAPSULATED_KEY: headers[ENCAPSULATED_KEY]},
+            timeout=PATIENCE_S,
         )
     assert again.status_code == 409
     assert again.json()["error"]["code"] == "request_replayed"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from faults import Run
+from faults import ENDS, MIN_HOST_KILLS, Run
 from pilotlight.artifact import Artifact
 
 pytestmark = [pytest.mark.e2e, pytest.mark.model]
@@ -17,8 +17,8 @@ def test_every_admission_has_one_record_under_faults(demo_int4: Artifact, tmp_pa
     run = Run(demo_int4.path, tmp_path / "usage.db", duration_s=12, kill_every_s=2.5)
     asyncio.run(run.run())
     ends = run.check()
-    assert run.kills["host"] >= 2
-    assert {"length", "cancelled", "crashed"} <= ends.keys(), ends
+    assert run.kills["host"] >= MIN_HOST_KILLS
+    assert ends.keys() >= ENDS, ends
     assert any(sent.finished for sent in run.sent.values())
 
 
@@ -28,4 +28,4 @@ def test_every_admission_has_one_record_under_ten_minutes_of_faults(demo_int4: A
     asyncio.run(run.run())
     ends = run.check()
     print(f"{len(run.sent)} requests, killed {dict(run.kills)}, records {dict(ends)}")
-    assert {"length", "cancelled", "crashed"} <= ends.keys(), ends
+    assert ends.keys() >= ENDS, ends

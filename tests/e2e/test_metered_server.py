@@ -14,7 +14,7 @@ import pytest
 
 from pilotlight.artifact import Artifact
 from receiver import receiver
-from support import config_process
+from support import PATIENCE_S, config_process
 
 pytestmark = [pytest.mark.e2e, pytest.mark.model]
 
@@ -80,11 +80,12 @@ def test_a_server_one_can_bill_from(demo_int4: Artifact, tmp_path: Path) -> None
                     ask_often(other)
                 assert refused.value.code == "insufficient_quota"
             headers = {"authorization": f"Bearer {rich}"}
-            record = httpx.get(f"{server.url}/v1/usage/two", headers=headers).json()
-            receipt = httpx.get(f"{server.url}/v1/usage/two", headers={**headers, "accept": "application/jose"}).text
-            others = httpx.get(f"{server.url}/v1/usage/two", headers={"authorization": f"Bearer {poor}"})
-            while len({event["id"] for event in told.events}) < _num_records(ledger):
-                assert httpx.get(f"{server.url}/livez").status_code == 200
+            with httpx.Client(base_url=server.url, timeout=PATIENCE_S) as http:
+                record = http.get("/v1/usage/two", headers=headers).json()
+                receipt = http.get("/v1/usage/two", headers={**headers, "accept": "application/jose"}).text
+                others = http.get("/v1/usage/two", headers={"authorization": f"Bearer {poor}"})
+                while len({event["id"] for event in told.events}) < _num_records(ledger):
+                    assert http.get("/livez").status_code == 200
     assert (record["capacity"], record["tenant"], record["key_id"]) == ("spot", "rich", made[0]["key_id"])
     assert others.status_code == 404
     (tmp_path / "receipt.jws").write_text(receipt)

@@ -12,17 +12,18 @@ import pytest
 from openai.types.responses import Response, ResponseCompletedEvent
 
 from corpus import held_out_turns
+from pace import Pace
 from pilotlight.metering.ledger_reader import LedgerReader
 from pilotlight.metering.record import UsageRecord
 from pilotlight.request import FinishReason
-from support import ServerProcess
+from support import PATIENCE_S, ServerProcess
 
 pytestmark = [pytest.mark.e2e, pytest.mark.model]
 
 
 def record_of(ledger: Path, response_id: str, server: ServerProcess) -> UsageRecord:
     """Return the record behind a response, waiting for it as long as the server lives."""
-    with LedgerReader(ledger) as reader, httpx.Client(base_url=server.url) as http:
+    with LedgerReader(ledger) as reader, httpx.Client(base_url=server.url, timeout=PATIENCE_S) as http:
         while (record := reader.get(response_id.removeprefix("resp_"))) is None:
             assert http.get("/livez").status_code == 200
     return record
@@ -132,7 +133,7 @@ def test_the_async_client_runs_several_at_once(server: ServerProcess, ledger: Pa
         assert record_of(ledger, response.id, server).completion_tokens == response.usage.output_tokens
 
 
-def test_a_stream_that_is_closed_early_is_metered(server: ServerProcess, ledger: Path) -> None:
+def test_a_stream_that_is_closed_early_is_metered(server: ServerProcess, ledger: Path, pace: Pace) -> None:
     async def scenario() -> str:
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
             stream = await client.responses.create(
@@ -147,6 +148,7 @@ def test_a_stream_that_is_closed_early_is_metered(server: ServerProcess, ledger:
             await stream.close()
             return response_id
 
-    record = record_of(ledger, asyncio.run(scenario()), server)
+    with pace.slow():
+        record = record_of(ledger, asyncio.run(scenario()), server)
     assert record.finish_reason is FinishReason.CANCELLED
     assert 1 <= record.completion_tokens < 500

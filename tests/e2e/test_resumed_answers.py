@@ -11,9 +11,10 @@ from typing import Any
 import httpx
 import pytest
 
+from pace import Pace
 from pilotlight.artifact import Artifact
 from pilotlight.metering.ledger_reader import LedgerReader
-from support import server_process
+from support import PATIENCE_S, server_process
 
 STORY = {
     "model": "demo",
@@ -35,7 +36,7 @@ def _secret(monkeypatch: pytest.MonkeyPatch) -> None:
 def frames_of(url: str, body: dict[str, Any], pid_to_end: int | None = None) -> list[dict[str, Any]]:
     """Return the frames of a stream; after some of them, have the server shut down."""
     found = []
-    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60) as response:
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=PATIENCE_S) as response:
         for line in response.iter_lines():
             if line.startswith("data: {"):
                 found.append(json.loads(line.removeprefix("data: ")))
@@ -56,9 +57,11 @@ def text(frames: list[dict[str, Any]]) -> str:
 @pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 1.2, "seed": 11, "presence_penalty": 0.3}])
 def test_a_server_ends_what_another_had_to_leave(demo_fp32: Artifact, tmp_path: Path, sampling: dict[str, Any]) -> None:
     body = {**STORY, **sampling}
-    with server_process(demo_fp32.path, tmp_path / "one.db") as one:
+    pace = Pace(tmp_path)
+    with server_process(demo_fp32.path, tmp_path / "one.db", pace=pace) as one:
         whole = frames_of(one.url, body)
-        first = frames_of(one.url, body, one.process.pid)
+        with pace.slow(CUT_AFTER_FRAMES + 20):
+            first = frames_of(one.url, body, one.process.pid)
     token = first[-1]["usage"]["pilotlight"]["resume_token"]
     with server_process(demo_fp32.path, tmp_path / "two.db") as two:
         rest = frames_of(two.url, {**body, "resume_token": token})

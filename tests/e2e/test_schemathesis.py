@@ -14,7 +14,8 @@ import httpx
 import pytest
 
 from pilotlight.metering.ledger_reader import LedgerReader
-from support import ServerProcess
+from processes import wait_for
+from support import PATIENCE_S, ServerProcess
 
 pytestmark = [
     pytest.mark.e2e,
@@ -49,9 +50,10 @@ def narrowed(document: dict[str, Any]) -> dict[str, Any]:
 def run(server: ServerProcess, directory: Path, max_examples: int) -> str:
     """Run schemathesis and return what it says; it must find nothing."""
     path = directory / "openapi.json"
-    path.write_text(json.dumps(narrowed(httpx.get(f"{server.url}/openapi.json").json())))
+    path.write_text(json.dumps(narrowed(httpx.get(f"{server.url}/openapi.json", timeout=PATIENCE_S).json())))
     command = [sys.executable, "-c", "from schemathesis.cli import schemathesis; schemathesis()", "run", str(path)]
     options = ["--url", server.url, "--checks", CHECKS, "--max-examples", str(max_examples), "--seed", "1"]
+    options += ["--request-timeout", str(PATIENCE_S)]
     phases = ["--phases", "examples,coverage,fuzzing", "--suppress-health-check", "all", "--warnings", "off"]
     environment = {**os.environ, "NO_COLOR": "1", "COLUMNS": "120"}
     done = subprocess.run(
@@ -67,7 +69,8 @@ def test_no_answer_is_an_error_of_ours_or_undocumented(server: ServerProcess, le
         records = list(reader.records())
     assert len(records) > 5, "too few requests reached the model for this to mean anything"
     assert len({record.request_id for record in records}) == len(records)
-    assert 'pilotlight_num_requests_running{function="demo"} 0.0' in httpx.get(f"{server.url}/metrics").text
+    idle = 'pilotlight_num_requests_running{function="demo"} 0.0'
+    wait_for(lambda: idle in httpx.get(f"{server.url}/metrics", timeout=PATIENCE_S).text)
 
 
 @pytest.mark.soak

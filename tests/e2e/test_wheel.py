@@ -29,8 +29,8 @@ def runtime_python(tmp_path_factory: pytest.TempPathFactory) -> str:
     (wheel,) = directory.glob("*.whl")
     subprocess.run([sys.executable, "-m", "venv", str(directory / "env")], check=True)
     python = str(directory / "env" / "bin" / "python")
-    install = [python, "-m", "pip", "--disable-pip-version-check", "--quiet", "install", f"{wheel}[cpu]"]
-    subprocess.run(install, check=True)
+    install = [python, "-m", "pip", "--disable-pip-version-check", "--quiet", "install", "--retries", "10"]
+    subprocess.run([*install, "--timeout", "60", f"{wheel}[cpu]"], check=True)
     return python
 
 

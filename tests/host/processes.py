@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from support import PATIENCE_S
+
+LOOK_AGAIN_S = 0.005
+"""Whoever looks without a pause takes a core from what it waits for."""
 
 
 def descendants(pid: int) -> list[int]:
@@ -37,13 +41,12 @@ def is_alive(pid: int) -> bool:
     return any(child == pid and state != "Z" for child, _, state in _processes())
 
 
-def wait_for(condition: object, timeout_s: float = 30) -> None:
+def wait_for(condition: Callable[[], object]) -> None:
     """Wait until a condition holds; the time is only there to end a test that fails."""
-    assert callable(condition)
-    until = time.monotonic() + timeout_s
+    until = time.monotonic() + PATIENCE_S
     while not condition():
         assert time.monotonic() < until, "in vain"
-        os.sched_yield()
+        time.sleep(LOOK_AGAIN_S)
 
 
 def _processes() -> Iterator[tuple[int, int, str]]:

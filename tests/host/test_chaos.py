@@ -8,6 +8,7 @@ import random
 import signal
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from pilotlight.artifact import Artifact
 from pilotlight.metering.ledger_reader import LedgerReader
 from pilotlight.metering.record import UsageRecord
 from processes import named
-from support import ServerProcess, config_process
+from support import PATIENCE_S, ServerProcess, config_process
 
 pytestmark = [pytest.mark.e2e, pytest.mark.model]
 
@@ -44,16 +45,21 @@ async def undisturbed(url: str) -> dict[int, list[int]]:
     return {kind: answer.token_ids for kind, answer in enumerate(answers)}
 
 
-async def chaos(server: ServerProcess, duration_s: float, num_clients: int, kill_every_s: float) -> Counter[str]:
-    """Run clients one request after the other while replicas are killed; every answer must be the undisturbed one."""
+async def chaos(
+    server: ServerProcess, duration_s: float, num_clients: int, kill_every_s: float, saw_enough: Callable[[], bool]
+) -> Counter[str]:
+    """Run clients one request after the other while replicas are killed; every answer must be the undisturbed one.
+
+    It takes longer until ``saw_enough`` where little happens in ``duration_s``.
+    """
     rng = random.Random(1)
     expected = await undisturbed(server.url)
     counts: Counter[str] = Counter()
-    until = time.monotonic() + duration_s
+    over = asyncio.Event()
 
     async def client(number: int) -> None:
         turn = 0
-        while time.monotonic() < until:
+        while not over.is_set():
             kind = (number + 5 * turn) % 12
             answer = await stream(server.url, f"chaos-{number}-{turn}", body_of(kind))
             assert answer.done, answer
@@ -65,19 +71,22 @@ async def chaos(server: ServerProcess, duration_s: float, num_clients: int, kill
             turn += 1
 
     async def killer() -> None:
-        while True:
+        begun_at = time.monotonic()
+        while (lasts_s := time.monotonic() - begun_at) < duration_s or not saw_enough():
+            assert lasts_s < duration_s + PATIENCE_S
             await asyncio.sleep(rng.uniform(0.2, 2) * kill_every_s)
+            before = counts["streams"]
+            while counts["streams"] == before:  # a replica needs the time to start, whatever that is here
+                await asyncio.sleep(0.01)
             if replicas := named(server.process.pid, "pl-replica"):
                 os.kill(rng.choice(replicas), signal.SIGKILL)
                 counts["kills"] += 1
+        over.set()
 
-    killing = asyncio.create_task(killer())
-    try:
-        async with asyncio.TaskGroup() as clients:
-            for number in range(num_clients):
-                clients.create_task(client(number))
-    finally:
-        killing.cancel()
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(killer())
+        for number in range(num_clients):
+            tasks.create_task(client(number))
     return counts
 
 
@@ -87,8 +96,13 @@ def run_chaos(artifact: Artifact, directory: Path, duration_s: float, kill_every
         f"[functions.demo]\nartifact = '{artifact.path}'\nmin_replicas = 2\nmax_replicas = 2\nnum_slots = 4\n"
         "num_threads = 1\nmax_queued_requests = 1000\n"
     )
-    with config_process(config, directory / "usage.db") as server:
-        counts = asyncio.run(chaos(server, duration_s, num_clients=12, kill_every_s=kill_every_s))
+    ledger = directory / "usage.db"
+
+    def saw_enough() -> bool:
+        return sum(record.recomputed_tokens > 0 for record in records_of(ledger, "chaos-")) >= 3
+
+    with config_process(config, ledger) as server:
+        counts = asyncio.run(chaos(server, duration_s, 12, kill_every_s, saw_enough))
     records = records_of(directory / "usage.db", "chaos-")
     assert len(records) == counts["streams"]
     assert sum(record.completion_tokens for record in records) == counts["tokens"]
@@ -115,20 +129,28 @@ def test_five_minutes_of_killed_replicas(demo_fp32: Artifact, tmp_path: Path) ->
     assert counts["kills"] > 100
 
 
-async def overload(url: str, num_clients: int) -> list[Stream]:
+async def overload(server: ServerProcess, num_clients: int) -> list[Stream]:
+    """Send all requests before the first one is served, or it depends on the machine how many are too many."""
+    (replica,) = named(server.process.pid, "pl-replica")
+    os.kill(replica, signal.SIGSTOP)
     bodies = [{**body_of(number), "max_tokens": 16} for number in range(num_clients)]
-    return await asyncio.gather(*(stream(url, f"crowd-{n}", body) for n, body in enumerate(bodies)))
+    asked = [asyncio.create_task(stream(server.url, f"crowd-{n}", body)) for n, body in enumerate(bodies)]
+    await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
+    os.kill(replica, signal.SIGCONT)
+    return await asyncio.gather(*asked)
 
 
 def run_overload(artifact: Artifact, directory: Path, num_clients: int) -> Counter[str]:
     """Send all requests at once; everybody is served or refused, and nobody gets another's tokens."""
     config = directory / "pilotlight.toml"
-    config.write_text(f"[functions.demo]\nartifact = '{artifact.path}'\nmax_queued_requests = 200\n")
+    config.write_text(
+        f"[host]\nhang_timeout_s = 3600\n[functions.demo]\nartifact = '{artifact.path}'\nmax_queued_requests = 200\n"
+    )
     counts: Counter[str] = Counter()
     received = 0
     with config_process(config, directory / "usage.db") as server:
         expected = asyncio.run(undisturbed(server.url))
-        for number, answer in enumerate(asyncio.run(overload(server.url, num_clients))):
+        for number, answer in enumerate(asyncio.run(overload(server, num_clients))):
             counts[str(answer.status)] += 1
             if answer.status == 200:
                 assert answer.done, answer

@@ -25,7 +25,7 @@ from pilotlight.host.gpu import Sized, size
 from pilotlight.host.inprocess import open_session, prepare
 from pilotlight.host.lone import LoneFunction
 from pilotlight.request import Signals
-from support import VOCAB_SIZE, serving
+from support import PATIENCE_S, VOCAB_SIZE, serving
 
 GB = 1_000_000_000
 
@@ -125,17 +125,17 @@ def test_a_whole_function_on_a_gpu_but_for_the_provider(
         try:
             url = f"http://127.0.0.1:{function.port}"
             question = {"model": "demo", "messages": [{"role": "user", "content": "What is 47 plus 38?"}]}
-            answer = httpx.post(f"{url}/v1/chat/completions", json=question, timeout=60).json()
+            answer = httpx.post(f"{url}/v1/chat/completions", json=question, timeout=PATIENCE_S).json()
             assert answer["choices"][0]["message"]["content"] == "85"
             long = {"model": "demo", "prompt": [5] * 256}
-            refusal = httpx.post(f"{url}/v1/completions", json=long, timeout=60)
+            refusal = httpx.post(f"{url}/v1/completions", json=long, timeout=PATIENCE_S)
             assert (refusal.status_code, refusal.json()["error"]["code"]) == (400, "context_length_exceeded")
-            text = httpx.get(f"{url}/metrics").text
+            text = httpx.get(f"{url}/metrics", timeout=PATIENCE_S).text
             values = dict(line.rsplit(" ", 1) for line in text.splitlines() if line.startswith("pilotlight_"))
             assert float(values['pilotlight_hbm_total_bytes{function="demo"}']) == 24 * GB
             reserved = 'pilotlight_kv_reserved_bytes{function="demo"}'
             assert values['pilotlight_hbm_kv_reserved_bytes{function="demo"}'] == values[reserved]
-            record = httpx.get(f"{url}/v1/usage/{answer['id']}").json()
+            record = httpx.get(f"{url}/v1/usage/{answer['id']}", timeout=PATIENCE_S).json()
             assert record["provider"] == "cuda"
         finally:
             function.stop(0)

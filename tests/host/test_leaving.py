@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import signal
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -71,9 +72,11 @@ def run(monkeypatch: pytest.MonkeyPatch, act: Callable[[host._Server], None], *,
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_is_a_notice_that_leaves_time_to_drain(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    begun_at = time.monotonic()
     function = run(monkeypatch, lambda server: server._signalled(number), ends=True)
     assert not function.ready
-    assert function.drained_for == pytest.approx(DRAIN_S, abs=1.0)
+    assert function.drained_for is not None
+    assert DRAIN_S - (time.monotonic() - begun_at) <= function.drained_for <= DRAIN_S
 
 
 def test_a_machine_that_goes_at_once_ends_its_streams_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from pilotlight.host.inprocess import prepare
 from pilotlight.host.lone import LoneFunction, resume_token_of
 from pilotlight.metering.ledger_reader import LedgerReader
 from pilotlight.request import FinishReason
-from support import PRICES, VOCAB_SIZE, events
+from support import PATIENCE_S, PRICES, VOCAB_SIZE, events
 
 WARM_UP_RUNS = 2
 """What a start generates, unmetered."""
@@ -99,11 +99,11 @@ def test_it_answers_over_http_and_ends(toy_artifact: Artifact, tmp_path: Path) -
     with socket.create_server(("127.0.0.1", 0)) as listener:
         function.start(listener, cold_start_ms=12.5)
         url = f"http://127.0.0.1:{function.port}"
-        answer = httpx.post(f"{url}/v1/completions", content=body()).json()
+        answer = httpx.post(f"{url}/v1/completions", content=body(), timeout=PATIENCE_S).json()
         assert answer["usage"]["pilotlight"]["cold_start_ms"] == 12.5
         function.stop(0)
         with pytest.raises(httpx.TransportError):
-            httpx.get(f"{url}/livez")
+            httpx.get(f"{url}/livez", timeout=PATIENCE_S)
     function.stop(0)
 
 

@@ -15,6 +15,7 @@ import pytest
 
 from metadata_server import MetadataServer, metadata_server
 from pilotlight.errors import ConfigError
+from pilotlight.host import notice
 from pilotlight.host.notice import (
     AwsNotices,
     FileNotices,
@@ -29,6 +30,7 @@ from pilotlight.host.notice import (
     watch,
     written_notice,
 )
+from support import PATIENCE_S
 
 ACTION = "/latest/meta-data/spot/instance-action"
 REBALANCE = "/latest/meta-data/events/recommendations/rebalance"
@@ -37,7 +39,8 @@ NOON = datetime(2026, 11, 22, 12, tzinfo=UTC)
 
 
 @pytest.fixture
-def server() -> Iterator[MetadataServer]:
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[MetadataServer]:
+    monkeypatch.setattr(notice, "METADATA_TIMEOUT_S", PATIENCE_S)
     with metadata_server() as server:
         yield server
 

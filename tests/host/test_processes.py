@@ -7,19 +7,21 @@ import json
 import os
 import signal
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from pace import Pace
 from pilotlight.artifact import Artifact
 from pilotlight.engine.policy import Policy
 from pilotlight.host.launcher import ZygoteLauncher
 from pilotlight.host.wire import FromReplica, ReplicaSpec
 from pilotlight.metering.ledger_reader import LedgerReader
 from processes import descendants, is_alive, named, wait_for
-from support import ServerProcess, config_process, server_process
+from support import PATIENCE_S, ServerProcess, config_process, server_process
 
 pytestmark = [pytest.mark.e2e, pytest.mark.model]
 
@@ -36,14 +38,24 @@ def ledger(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(demo_fp32: Artifact, ledger: Path) -> Iterator[ServerProcess]:
-    with server_process(demo_fp32.path, ledger) as server:
+def pace(tmp_path_factory: pytest.TempPathFactory) -> Pace:
+    """How fast the models of the servers run."""
+    return Pace(tmp_path_factory.mktemp("pace"))
+
+
+@pytest.fixture(scope="module")
+def server(demo_fp32: Artifact, ledger: Path, pace: Pace) -> Iterator[ServerProcess]:
+    with server_process(demo_fp32.path, ledger, pace=pace) as server:
         yield server
+
+
+def client_of(server: ServerProcess) -> httpx.Client:
+    return httpx.Client(base_url=server.url, timeout=PATIENCE_S)
 
 
 @pytest.fixture
 def http(server: ServerProcess) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server.url, timeout=60) as http:
+    with client_of(server) as http:
         yield http
 
 
@@ -57,8 +69,18 @@ def token_ids(lines: Iterator[str]) -> Iterator[int]:
 
 
 def replica_of(server: ServerProcess) -> int:
-    wait_for(lambda: named(server.process.pid, "pl-replica"))
-    return named(server.process.pid, "pl-replica")[0]
+    found: list[int] = []
+
+    def is_there() -> bool:
+        found[:] = named(server.process.pid, "pl-replica")
+        return bool(found)
+
+    wait_for(is_there)
+    return found[0]
+
+
+def is_gone(pid: int) -> bool:
+    return not is_alive(pid)
 
 
 def undisturbed(http: httpx.Client, **sampling: Any) -> list[int]:
@@ -69,7 +91,7 @@ def undisturbed(http: httpx.Client, **sampling: Any) -> list[int]:
 
 
 def test_an_idle_host_has_a_zygote_and_no_replica(demo_fp32: Artifact, tmp_path: Path) -> None:
-    with server_process(demo_fp32.path, tmp_path / "usage.db") as server, httpx.Client(base_url=server.url) as http:
+    with server_process(demo_fp32.path, tmp_path / "usage.db") as server, client_of(server) as http:
         for path in ("/livez", "/readyz", "/metrics", "/v1/models"):
             assert http.get(path).status_code == 200
         assert http.post("/v1/completions", json={**BODY, "prompt": "word " * 3000}).status_code == 400
@@ -80,17 +102,20 @@ def test_an_idle_host_has_a_zygote_and_no_replica(demo_fp32: Artifact, tmp_path:
 
 @pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
 def test_a_killed_replica_costs_no_token(
-    server: ServerProcess, http: httpx.Client, ledger: Path, sampling: dict[str, Any]
+    server: ServerProcess, http: httpx.Client, ledger: Path, pace: Pace, sampling: dict[str, Any]
 ) -> None:
     whole = undisturbed(http, **sampling)
     received = []
-    with http.stream("POST", "/v1/completions", json={**BODY, **sampling, "stream": True}) as response:
+    streamed = {**BODY, **sampling, "stream": True}
+    with pace.slow(60), http.stream("POST", "/v1/completions", json=streamed) as response:
         for token_id in token_ids(response.iter_lines()):
             received.append(token_id)
             if len(received) in (3, 40, 90):
                 replica = replica_of(server)
                 os.kill(replica, signal.SIGKILL)
-                wait_for(lambda replica=replica: not is_alive(replica))
+                wait_for(partial(is_gone, replica))
+            if len(received) == 90:
+                pace.hurry()
     assert received == whole
     with LedgerReader(ledger) as reader:
         record = reader.get(response.headers["x-request-id"])
@@ -99,23 +124,25 @@ def test_a_killed_replica_costs_no_token(
     assert record.recomputed_tokens > 0
 
 
-def test_light_sleep_and_what_wakes_from_it(demo_fp32: Artifact, tmp_path: Path) -> None:
+def test_light_sleep_and_what_wakes_from_it(demo_fp32: Artifact, tmp_path: Path, pace: Pace) -> None:
     config = tmp_path / "pilotlight.toml"
     config.write_text(f"[functions.demo]\nartifact = '{demo_fp32.path}'\nidle_timeout_s = 0.5\n")
     ledger = tmp_path / "usage.db"
-    with config_process(config, ledger) as server, httpx.Client(base_url=server.url, timeout=60) as http:
+    with config_process(config, ledger, pace) as server, client_of(server) as http:
         whole = undisturbed(http, **SEEDED)
         wait_for(lambda: named(server.process.pid, "pl-template") and not named(server.process.pid, "pl-replica"))
         (template,) = named(server.process.pid, "pl-template")
         http.get("/metrics")
         received = []
-        with http.stream("POST", "/v1/completions", json={**BODY, **SEEDED, "stream": True}) as response:
+        streamed = {**BODY, **SEEDED, "stream": True}
+        with pace.slow(160), http.stream("POST", "/v1/completions", json=streamed) as response:
             for token_id in token_ids(response.iter_lines()):
                 received.append(token_id)
                 if len(received) == 1:
                     assert named(template, "pl-replica")
                 if len(received) == 150:
                     os.kill(template, signal.SIGKILL)
+                    pace.hurry()
         assert received == whole
         with LedgerReader(ledger) as reader:
             record = reader.get(response.headers["x-request-id"])
@@ -126,15 +153,17 @@ def test_light_sleep_and_what_wakes_from_it(demo_fp32: Artifact, tmp_path: Path)
     assert record.recomputed_tokens > 0
 
 
-def test_a_killed_zygote_costs_no_token(server: ServerProcess, http: httpx.Client) -> None:
+def test_a_killed_zygote_costs_no_token(server: ServerProcess, http: httpx.Client, pace: Pace) -> None:
     whole = undisturbed(http, **GREEDY)
     received = []
-    with http.stream("POST", "/v1/completions", json={**BODY, **GREEDY, "stream": True}) as response:
+    streamed = {**BODY, **GREEDY, "stream": True}
+    with pace.slow(40), http.stream("POST", "/v1/completions", json=streamed) as response:
         for token_id in token_ids(response.iter_lines()):
             received.append(token_id)
             if len(received) == 20:
                 (zygote,) = named(server.process.pid, "pl-zygote")
                 os.kill(zygote, signal.SIGKILL)
+                pace.hurry()
     assert received == whole
 
 
@@ -168,7 +197,7 @@ def test_a_zygote_that_has_just_died_is_replaced_before_anybody_hears_of_it() ->
 
 def test_nobody_outlives_a_killed_host(demo_fp32: Artifact, tmp_path: Path) -> None:
     with server_process(demo_fp32.path, tmp_path / "usage.db") as server:
-        httpx.post(f"{server.url}/v1/completions", json={**BODY, "max_tokens": 1})
+        httpx.post(f"{server.url}/v1/completions", json={**BODY, "max_tokens": 1}, timeout=PATIENCE_S)
         family = descendants(server.process.pid)
         assert len(family) >= 2
         os.kill(family[-1], signal.SIGSTOP)  # one that does nothing any more must not stay either
@@ -178,27 +207,31 @@ def test_nobody_outlives_a_killed_host(demo_fp32: Artifact, tmp_path: Path) -> N
 
 def test_nobody_outlives_a_host_that_ends(demo_fp32: Artifact, tmp_path: Path) -> None:
     with server_process(demo_fp32.path, tmp_path / "usage.db") as server:
-        httpx.post(f"{server.url}/v1/completions", json={**BODY, "max_tokens": 1})
+        httpx.post(f"{server.url}/v1/completions", json={**BODY, "max_tokens": 1}, timeout=PATIENCE_S)
         family = descendants(server.process.pid)
     assert server.process.returncode == 0
-    assert not any(is_alive(pid) for pid in family)
+    wait_for(lambda: not any(is_alive(pid) for pid in family))
 
 
-def test_signals_to_the_whole_group_let_streams_finish(demo_fp32: Artifact, tmp_path: Path) -> None:
-    with server_process(demo_fp32.path, tmp_path / "usage.db") as server, httpx.Client(base_url=server.url) as http:
-        with http.stream("POST", "/v1/completions", json={**BODY, "stream": True}) as response:
+def test_signals_to_the_whole_group_let_streams_finish(
+    demo_fp32: Artifact, tmp_path: Path, pace: Pace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PILOTLIGHT_DRAIN_TIMEOUT_S", str(PATIENCE_S))
+    with server_process(demo_fp32.path, tmp_path / "usage.db", pace=pace) as server, client_of(server) as http:
+        with pace.slow(), http.stream("POST", "/v1/completions", json={**BODY, "stream": True}) as response:
             ids = token_ids(response.iter_lines())
             received = [next(ids)]
             for pid in (*descendants(server.process.pid), server.process.pid):
                 os.kill(pid, signal.SIGTERM)
+            pace.hurry()
             received += ids
         assert len(received) == 300
-        assert server.process.wait(timeout=30) == 0
+        assert server.process.wait(PATIENCE_S) == 0
 
 
 def test_a_graph_that_cannot_be_loaded_is_told_to_the_client(demo_fp32: Artifact, tmp_path: Path) -> None:
     artifact = damaged_copy(demo_fp32.path, tmp_path / "damaged")
-    with server_process(artifact, tmp_path / "usage.db") as server, httpx.Client(base_url=server.url) as http:
+    with server_process(artifact, tmp_path / "usage.db") as server, client_of(server) as http:
         first = http.post("/v1/completions", json=BODY)
         assert first.status_code == 503
         assert first.json()["error"]["code"] == "start_failed"
@@ -225,18 +258,19 @@ def damaged_copy(source: Path, target: Path) -> Path:
     return target
 
 
-def test_a_frozen_replica_is_replaced(demo_fp32: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PILOTLIGHT_HANG_TIMEOUT_S", "1")
-    with (
-        server_process(demo_fp32.path, tmp_path / "usage.db") as server,
-        httpx.Client(base_url=server.url, timeout=60) as http,
-    ):
+def test_a_frozen_replica_is_replaced(
+    demo_fp32: Artifact, tmp_path: Path, pace: Pace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PILOTLIGHT_HANG_TIMEOUT_S", "3")
+    with server_process(demo_fp32.path, tmp_path / "usage.db", pace=pace) as server, client_of(server) as http:
         whole = undisturbed(http, **GREEDY)
         received = []
-        with http.stream("POST", "/v1/completions", json={**BODY, **GREEDY, "stream": True}) as response:
+        streamed = {**BODY, **GREEDY, "stream": True}
+        with pace.slow(20), http.stream("POST", "/v1/completions", json=streamed) as response:
             for token_id in token_ids(response.iter_lines()):
                 received.append(token_id)
                 if len(received) == 5:
                     replica = replica_of(server)
                     os.kill(replica, signal.SIGSTOP)
+                    pace.hurry()
         assert received == whole

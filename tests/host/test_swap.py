@@ -18,7 +18,7 @@ import pytest
 from pilotlight.artifact import WEIGHTS, Artifact, open_artifact, sha256_of
 from pilotlight.metering.ledger_reader import LedgerReader
 from processes import named, wait_for
-from support import ServerProcess, config_process, server_process
+from support import PATIENCE_S, ServerProcess, config_process, server_process
 
 pytestmark = [pytest.mark.e2e, pytest.mark.model]
 
@@ -35,14 +35,16 @@ def server(demo_fp32: Artifact, tmp_path: Path) -> Iterator[ServerProcess]:
 
 
 def answer(url: str) -> list[int]:
-    found: list[int] = httpx.post(f"{url}/v1/completions", json=BODY, timeout=60).json()["choices"][0]["token_ids"]
+    found: list[int] = httpx.post(f"{url}/v1/completions", json=BODY, timeout=PATIENCE_S).json()["choices"][0][
+        "token_ids"
+    ]
     return found
 
 
 def swap(server: ServerProcess, artifact: Path, *options: str) -> subprocess.CompletedProcess[str]:
     port = server.url.rpartition(":")[2]
     command = [sys.executable, "-m", "pilotlight", "swap", "demo", str(artifact), "--port", port, *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
 
 
 def status(server: ServerProcess) -> dict[str, Any]:
@@ -84,7 +86,7 @@ async def swaps_under_streams(
             turn += 1
 
     limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as http:
+    async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE_S, limits=limits) as http:
         clients = [asyncio.create_task(client(number)) for number in range(num_streams)]
         for number in range(num_swaps):
             body = {"artifact": str(artifacts[number % len(artifacts)])}
@@ -155,7 +157,8 @@ def test_what_cannot_be_swapped_changes_nothing(server: ServerProcess, demo_int4
     old = answer(server.url)
     missing = swap(server, tmp_path / "none")
     assert (missing.returncode, missing.stderr) == (1, f"pilotlight: {tmp_path / 'none'}: does not exist\n")
-    refused = httpx.post(f"{server.url}/admin/functions/demo/swap", json={"artifact": "a\0b"})
+    swapping = f"{server.url}/admin/functions/demo/swap"
+    refused = httpx.post(swapping, json={"artifact": "a\0b"}, timeout=PATIENCE_S)
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "artifact")
     altered = copy_with(demo_int4, tmp_path / "altered", {})
     (altered / "model.onnx.data").write_bytes(b"x" * (demo_int4.path / "model.onnx.data").stat().st_size)

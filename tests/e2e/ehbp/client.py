@@ -9,7 +9,7 @@ from openai import OpenAI
 
 
 def main(url: str) -> dict[str, str]:
-    config = httpx.get(f"{url}/.well-known/hpke-keys").content
+    config = httpx.get(f"{url}/.well-known/hpke-keys", timeout=60).content
     transport = EHBPTransport(ServerIdentity.unmarshal_public_config(config))
     with httpx.Client(transport=transport) as http:
         client = OpenAI(base_url=f"{url}/v1", api_key="none", http_client=http, max_retries=0)
