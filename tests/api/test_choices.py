@@ -133,7 +133,7 @@ def test_cancelling_ends_every_choice(toy_artifact: Artifact, tmp_path: Path) ->
             signals = toy.function.backend.signals()
             assert (signals.num_running, signals.num_waiting) == (0, 0)
 
-    asyncio.run(asyncio.wait_for(scenario(), 30))
+    asyncio.run(asyncio.wait_for(scenario(), 300))
 
 
 class TestLogprobs:

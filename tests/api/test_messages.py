@@ -296,7 +296,8 @@ def test_a_run_that_fails_ends_the_stream_with_an_error_event(toy_artifact: Arti
 def test_a_stream_on_which_nothing_happens_is_pinged(
     toy_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sse, "PING_AFTER_S", 0.01)
+    for name in ("PING_AFTER_S", "PING_BEFORE_FIRST_TOKEN_S"):
+        monkeypatch.setattr(sse, name, 0.01)
     steps = threading.Semaphore(1)
     session = FakeSession(VOCAB_SIZE, before_run=steps.acquire)
     body = {"model": "toy", "max_tokens": 4, "messages": [{"role": "user", "content": "hi"}], "stream": True}
@@ -321,4 +322,4 @@ def test_a_stream_on_which_nothing_happens_is_pinged(
             assert names.count("ping") >= 3
             assert names[-1] == "message_stop"
 
-    asyncio.run(asyncio.wait_for(scenario(), 30))
+    asyncio.run(asyncio.wait_for(scenario(), 300))

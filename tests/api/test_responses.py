@@ -355,4 +355,4 @@ def test_a_cancelled_stream_ends_as_failed_and_is_metered(toy_artifact: Artifact
             assert record is not None
             assert record.finish_reason is FinishReason.CANCELLED
 
-    asyncio.run(asyncio.wait_for(scenario(), 30))
+    asyncio.run(asyncio.wait_for(scenario(), 300))

@@ -15,7 +15,7 @@ from threading import Event, Thread
 from typing import Any
 
 VERSION = "/2018-06-01/runtime"
-TIMEOUT_S = 30
+TIMEOUT_S = 300
 ERROR_BODY = "lambda-runtime-function-error-body"
 ERROR_TYPE = "lambda-runtime-function-error-type"
 

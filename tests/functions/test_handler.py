@@ -19,10 +19,12 @@ from pilotlight.engine.fake import FakeSession
 from pilotlight.metering.record import UsageRecord
 from pilotlight.request import FinishReason
 from runtime_client import HTTP_INTEGRATION
-from support import VOCAB_SIZE, events, expected_tokens, named_events, toy_tokenizer
+from support import VOCAB_SIZE, events, expected_tokens, named_events, run_out_of_time, toy_tokenizer
 
 PROMPT_IDS = toy_tokenizer().encode("hi", add_special_tokens=False).ids
 COMPLETIONS = "/v1/completions"
+LEFT_S = 60.0
+"""How long an invocation has that runs out of time; the tests let it pass at once."""
 
 
 def body(**params: Any) -> dict[str, Any]:
@@ -37,6 +39,12 @@ def chosen(frames: list[dict[str, Any]]) -> list[int]:
 
 async def wait_for(blocking: Callable[[], Any]) -> Any:
     return await asyncio.to_thread(blocking)
+
+
+async def ran(session: GatedSession, num_runs: int) -> None:
+    """Wait until the model has begun so many runs."""
+    while session.num_runs < num_runs:
+        await asyncio.sleep(0)
 
 
 async def first_token(exchange: Exchange) -> bytes:
@@ -361,7 +369,9 @@ def test_generation_ends_before_the_deadline(
                 options["stream_options"] = {"include_usage": True}
             expired = cancelled(aws, monkeypatch)
             session.permit(3)  # of 40; then the model hangs until the deadline has come
-            exchange = aws.platform.invoke_http("POST", COMPLETIONS, body(**options), left_s=DEADLINE_MARGIN_S + 0.1)
+            exchange = aws.platform.invoke_http("POST", COMPLETIONS, body(**options), left_s=DEADLINE_MARGIN_S + LEFT_S)
+            await ran(session, 3)
+            await run_out_of_time(aws.toy.function, exchange.request_id, LEFT_S)
             await expired.wait()
             session.permit(40)
             prelude, payload = await wait_for(exchange.http)
@@ -398,7 +408,9 @@ def test_the_next_invocation_goes_on_where_the_deadline_came(
         async with on_lambda(toy_artifact, tmp_path, session) as aws:
             expired = cancelled(aws, monkeypatch)
             session.permit(3)
-            exchange = aws.platform.invoke_http("POST", COMPLETIONS, body(**asked), left_s=DEADLINE_MARGIN_S + 0.1)
+            exchange = aws.platform.invoke_http("POST", COMPLETIONS, body(**asked), left_s=DEADLINE_MARGIN_S + LEFT_S)
+            await ran(session, 3)
+            await run_out_of_time(aws.toy.function, exchange.request_id, LEFT_S)
             await expired.wait()
             session.permit(40)
             _, payload = await wait_for(exchange.http)
