@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterator
 from functools import cache
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from pilotlight.api import sse
 from pilotlight.artifact import Artifact, open_artifact
 from support import DEMO_MODEL, export_artifact, write_artifact
 
-settings.register_profile("untimed", deadline=None)  # an example may take long on a busy machine
+# an example may take long on a busy machine, and so may making one up
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -28,7 +29,7 @@ class Log:
     def wait_for_end(self, *names: str) -> None:
         missing = set(names) - {name for name, events in self.by_sequence.items() if events[-1].finish}
         while missing:
-            name, event = self._events.get(timeout=20)
+            name, event = self._events.get(timeout=300)
             events = self.by_sequence.setdefault(name, [])
             assert not (events and events[-1].finish), "an event after the last one"
             events.append(event)
@@ -37,6 +38,23 @@ class Log:
 
     def tokens(self, name: str) -> list[int]:
         return [event.token_id for event in self.by_sequence[name] if event.token_id is not None]
+
+
+class Steps:
+    """What a session asks before each run: it runs as often as it is let, and says when it would go on."""
+
+    def __init__(self, num_runs: int = 0) -> None:
+        self._permits = threading.Semaphore(num_runs)
+        self.waits = threading.Event()
+
+    def take(self) -> None:
+        if not self._permits.acquire(blocking=False):
+            self.waits.set()
+            self._permits.acquire()
+
+    def release(self, num_runs: int = 1) -> None:
+        self.waits.clear()
+        self._permits.release(num_runs)
 
 
 SMALL_CHUNKS = Policy(max_chunk_tokens=4)
@@ -76,7 +94,7 @@ def generate(
     running = 0
 
     def receive() -> int:
-        name, event = events.get(timeout=60)
+        name, event = events.get(timeout=300)
         assert event.error is None
         if event.token_id is not None:
             tokens[name].append(event.token_id)

@@ -43,7 +43,7 @@ def end_by(number: signal.Signals, folder: Path) -> int:
         assert process.stdout is not None
         assert process.stdout.readline() == b"at work\n"
         process.send_signal(number)
-        return process.wait(timeout=30)
+        return process.wait(timeout=300)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -192,7 +192,7 @@ def test_only_the_key_that_made_a_request_cancels_it(toy_artifact: Artifact, tmp
 def test_1000_requests_at_once_spend_a_budget_for_100_and_not_more(toy_artifact: Artifact, tmp_path: Path) -> None:
     async def scenario() -> None:
         async with serving(toy_artifact, tmp_path, FakeSession(VOCAB_SIZE, 32), max_queued_requests=1000) as api:
-            token = make_key(tmp_path, tokens_per_day=100 * EACH + EACH - 1)
+            token = make_key(tmp_path, tokens_per_month=100 * EACH + EACH - 1)
             responses = await asyncio.gather(*(complete(api, token) for _ in range(1000)))
             statuses = Counter(response.status_code for response in responses)
             assert statuses == {200: 100, 429: 900}
@@ -229,7 +229,7 @@ def test_a_full_queue_ends_what_was_admitted_as_rejected_and_frees_its_budget(
 
     async def scenario() -> None:
         async with serving(toy_artifact, tmp_path, session, max_queued_requests=0) as api:
-            token = make_key(tmp_path, tokens_per_day=2 * EACH)
+            token = make_key(tmp_path, tokens_per_month=2 * EACH)
             running = asyncio.create_task(complete(api, token, "a"))
             while (invocation := api.function.running("a")) is None or not invocation.submitted:
                 await asyncio.sleep(0)
@@ -254,7 +254,7 @@ def test_a_refusal_that_cannot_be_written_at_once_frees_its_budget_later(
 
     async def scenario() -> None:
         async with serving(toy_artifact, tmp_path, session, max_queued_requests=0) as api:
-            token = make_key(tmp_path, tokens_per_day=2 * EACH)
+            token = make_key(tmp_path, tokens_per_month=2 * EACH)
             running = asyncio.create_task(complete(api, token, "a"))
             while (invocation := api.function.running("a")) is None or not invocation.submitted:
                 await asyncio.sleep(0)

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
+from engine_support import Steps
 from pilotlight.artifact import Artifact
 from pilotlight.engine.fake import FakeSession
 from pilotlight.request import FinishReason
@@ -182,8 +183,8 @@ async def _ask_until(toy: Serving, body: bytes, leave: asyncio.Event) -> str:
 def test_a_client_that_leaves_frees_its_slot_and_is_metered_exactly(
     toy_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stream: bool
 ) -> None:
-    steps = threading.Semaphore(4)
-    session = FakeSession(VOCAB_SIZE, max_context_tokens=4096, before_run=steps.acquire)
+    steps = Steps(4)
+    session = FakeSession(VOCAB_SIZE, max_context_tokens=4096, before_run=steps.take)
     request = {"model": "toy", "prompt": "hello", "max_tokens": 4000, "ignore_eos": True, "stream": stream}
 
     async def scenario() -> None:
@@ -197,8 +198,7 @@ def test_a_client_that_leaves_frees_its_slot_and_is_metered_exactly(
 
             monkeypatch.setattr(toy.function.backend, "abort", abort_and_tell)
             leaving = asyncio.create_task(_ask_until(toy, json.dumps(request).encode(), leave))
-            while session.num_runs < 4:
-                await asyncio.sleep(0)
+            await asyncio.to_thread(steps.waits.wait)
             leave.set()
             await aborted.wait()
             steps.release(1000)

@@ -13,7 +13,7 @@ import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pilotlight.artifact import Artifact
-from support import serving
+from support import PATIENCE_S, serving
 
 Wrap = Callable[[ASGIApp], ASGIApp]
 Change = Callable[[list[bytes]], list[bytes]]
@@ -130,10 +130,10 @@ def served(
 
     thread = threading.Thread(target=lambda: asyncio.run(main()))
     thread.start()
-    assert started.wait(30)
+    assert started.wait(PATIENCE_S)
     try:
         yield ready[0]
     finally:
         loop, server = loop_of[0]
         loop.call_soon_threadsafe(setattr, server, "should_exit", True)
-        thread.join(30)
+        thread.join(PATIENCE_S)

@@ -42,7 +42,7 @@ def program(*arguments: str, ready: str) -> Iterator[str]:
             yield found
         finally:
             process.terminate()
-            process.communicate(timeout=30)
+            process.communicate(timeout=300)
 
 
 class DidNotStart(AssertionError):

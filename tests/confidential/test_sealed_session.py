@@ -16,7 +16,7 @@ from pilotlight.confidential.recipients import make_recipient_key
 from pilotlight.confidential.sealing import Publisher, seal
 from pilotlight.engine.session import OnnxSession
 from pilotlight.metering.signing import make_signing_key, read_signing_key
-from support import config_process
+from support import PATIENCE_S, config_process
 
 pytestmark = pytest.mark.model
 
@@ -68,14 +68,16 @@ def test_a_server_serves_a_sealed_artifact(demo_int4: Artifact, tmp_path: Path) 
     )
     with config_process(config, tmp_path / "usage.db") as server:
         body = {"model": "demo", "messages": [{"role": "user", "content": "What is 47 plus 38?"}], "max_tokens": 8}
-        answers = [httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).json() for _ in range(2)]
+        answers = [
+            httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=PATIENCE_S).json() for _ in range(2)
+        ]
         assert [answer["choices"][0]["message"]["content"] for answer in answers] == ["85", "85"]
-        record = httpx.get(f"{server.url}/v1/usage/{answers[0]['id']}").json()
+        record = httpx.get(f"{server.url}/v1/usage/{answers[0]['id']}", timeout=PATIENCE_S).json()
         assert record["artifact_digest"] == demo_int4.digest
         assert 0 < record["unseal_ms"] < record["cold_start_ms"]
         assert (
             'pilotlight_replica_start_seconds_count{function="demo",stage="unseal"} 1.0'
-            in httpx.get(f"{server.url}/metrics").text
+            in httpx.get(f"{server.url}/metrics", timeout=PATIENCE_S).text
         )
     in_clear = (demo_int4.path / "model.onnx.data").read_bytes()[:4096]
     for directory, _, files in os.walk(tmp_path):
@@ -95,7 +97,7 @@ def test_weights_that_are_altered_behind_the_host_never_run(demo_int4: Artifact,
         content[-1] ^= 1
         weights.write_bytes(content)
         body = {"model": "demo", "prompt": "hi", "max_tokens": 2}
-        answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+        answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=PATIENCE_S)
     assert answer.status_code == 503
     assert "model.onnx.data.sealed: was altered" in answer.json()["error"]["message"]
     assert str(tmp_path) not in answer.text

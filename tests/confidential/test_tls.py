@@ -63,7 +63,7 @@ def tls_server(chain: Path, key: Path, port: int = 0) -> Iterator[str]:
         yield f"https://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:
         server.should_exit = True
-        thread.join(30)
+        thread.join(300)
 
 
 def proven(key_hash: bytes) -> Proven:

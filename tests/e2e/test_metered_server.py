@@ -62,7 +62,7 @@ def test_a_server_one_can_bill_from(demo_int4: Artifact, tmp_path: Path) -> None
     pilotlight("keys", "signing", tmp_path / "signing.pem")
     made = [
         json.loads(pilotlight("keys", "create", name, "--ledger", ledger, "--json", *limits))
-        for name, limits in (("rich", []), ("poor", ["--requests-per-minute", 1000, "--tokens-per-day", 60]))
+        for name, limits in (("rich", []), ("poor", ["--requests-per-minute", 1000, "--tokens-per-month", 60]))
     ]
     rich, poor = (key["token"] for key in made)
     with receiver(["none", "refuse"]) as told:

@@ -52,7 +52,7 @@ def run(session: OnnxSession, asked: list[Sequence], policy: Policy, eagerness: 
         while num_ended < len(asked):
             while waiting and (num_ended == len(asked) - len(waiting) or rng.random() < eagerness):
                 engine.submit(waiting.pop(0))
-            for name, event in events.get(timeout=60):
+            for name, event in events.get(timeout=300):
                 assert event.error is None
                 if event.token_id is not None:
                     found[name].append((event.token_id, event.logprobs))

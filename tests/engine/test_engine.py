@@ -6,11 +6,14 @@ import random
 import threading
 from collections.abc import Callable
 
-from engine_support import engine_on
+import pytest
+
+from engine_support import Steps, engine_on
 from pilotlight.engine.engine import Engine
 from pilotlight.engine.fake import FakeSession, next_token
 from pilotlight.engine.policy import Policy
 from pilotlight.request import FinishReason, SamplingParams, Sequence
+from support import PATIENCE_S
 
 VOCAB_SIZE = 100
 
@@ -70,16 +73,15 @@ def test_a_failed_run_ends_only_the_sequences_that_were_in_it() -> None:
 
 
 def _abort_while(when: Callable[[Engine], bool]) -> None:
-    steps = threading.Semaphore(0)
-    session = FakeSession(VOCAB_SIZE, num_slots=1, before_run=steps.acquire)
+    steps = Steps()
+    session = FakeSession(VOCAB_SIZE, num_slots=1, before_run=steps.take)
     with engine_on(session) as (engine, log):
         engine.submit(sequence("first", (1,) * 12, 6))
         engine.submit(sequence("second", (2,), 3))
+        assert steps.waits.wait(PATIENCE_S)
         while not when(engine):
             steps.release()
-            previous = session.num_runs
-            while session.num_runs == previous:
-                pass
+            assert steps.waits.wait(PATIENCE_S)
         engine.abort("first")
         steps.release(100)
         log.wait_for_end("first", "second")
@@ -97,14 +99,22 @@ def test_abort_while_decoding() -> None:
     _abort_while(lambda engine: engine.signals().num_prefill_backlog_tokens == 1 and engine.signals().num_running == 1)
 
 
-def test_closing_cancels_what_runs_and_what_waits() -> None:
-    steps = threading.Semaphore(0)
-    session = FakeSession(VOCAB_SIZE, num_slots=1, before_run=steps.acquire)
+def test_closing_cancels_what_runs_and_what_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = Steps()
+    session = FakeSession(VOCAB_SIZE, num_slots=1, before_run=steps.take)
     with engine_on(session) as (engine, log):
         for name in ("a", "b"):
             engine.submit(sequence(name, (1,), 50))
+        told, join = threading.Event(), engine._thread.join
+
+        def tell_and_join() -> None:
+            told.set()
+            join()
+
+        monkeypatch.setattr(engine._thread, "join", tell_and_join)
         closing = threading.Thread(target=engine.close)
         closing.start()
+        assert told.wait(PATIENCE_S)
         steps.release(1000)
         closing.join()
         log.wait_for_end("a", "b")

@@ -206,7 +206,7 @@ class SlowGrammars(Grammars):
 
     def _state(self, grammar: str, emitted_ids: object, stop_ids: frozenset[int]) -> GrammarState:
         self.asked.release()
-        assert self.go_on.wait(20)
+        assert self.go_on.wait(300)
         return super()._state(grammar, (), stop_ids)
 
 
@@ -215,7 +215,7 @@ def test_a_sequence_whose_grammar_takes_long_delays_nobody_and_can_be_cancelled(
     with engine_on(FakeSession(VOCAB_SIZE), grammars=grammars) as (engine, log):
         engine.submit(constrained("slow", lark("start: /[ab]{9}/")))
         engine.submit(constrained("later", lark("start: /[ab]{8}/")))
-        assert grammars.asked.acquire(timeout=20)
+        assert grammars.asked.acquire(timeout=300)
         engine.submit(Sequence("free", (1,), 5))
         log.wait_for_end("free")
         assert engine.signals().num_waiting == 2
@@ -233,7 +233,7 @@ def test_closing_ends_what_is_still_compiled(tokenizer_path: Path) -> None:
     log = Log()
     with engine_on(FakeSession(VOCAB_SIZE), grammars=grammars, log=log) as (engine, _):
         engine.submit(constrained("slow", lark("start: /[ab]{9}/")))
-        assert grammars.asked.acquire(timeout=20)
+        assert grammars.asked.acquire(timeout=300)
         threading.Timer(0, grammars.go_on.set).start()
     log.wait_for_end("slow")
     assert log.by_sequence["slow"][-1].finish in (FinishReason.CANCELLED, FinishReason.STOP)
@@ -251,7 +251,7 @@ def test_masks_are_worked_out_while_the_model_runs(tokenizer_path: Path) -> None
             return masks
 
     def wait_for_mask() -> None:
-        assert begun.wait(20)
+        assert begun.wait(300)
         begun.clear()
 
     session = FakeSession(VOCAB_SIZE, before_run=wait_for_mask)

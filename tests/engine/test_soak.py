@@ -87,7 +87,7 @@ def send(engine: Engine, events: queue.SimpleQueue[list[Event]], asked: Iterator
             num_open, num_sent = num_open + 1, num_sent + 1
             if rng.random() < 0.05:
                 engine.abort(f"s{num_sent - rng.randint(1, NUM_OPEN)}")
-        for name, event in events.get(timeout=60):
+        for name, event in events.get(timeout=300):
             assert event.error is None
             if name in ended.compared and event.token_id is not None:
                 ended.tokens[name].append(event.token_id)
@@ -132,7 +132,7 @@ def assert_solo_runs_give_the_same(session: OnnxSession, policy: Policy, ended: 
             engine.submit(one)
             tokens: list[int] = []
             while len(tokens) < one.max_new_tokens:
-                tokens += [event.token_id for _, event in events.get(timeout=60) if event.token_id is not None]
+                tokens += [event.token_id for _, event in events.get(timeout=300) if event.token_id is not None]
         finally:
             engine.close()
         assert ended.tokens[name] == tokens[: len(ended.tokens[name])]

@@ -134,7 +134,7 @@ def open_from(
 ) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", OPEN_SOURCE, model, revision, scratch]
     return subprocess.run(
-        command, capture_output=True, text=True, check=False, env=environment(hub, home, **more), timeout=120
+        command, capture_output=True, text=True, check=False, env=environment(hub, home, **more), timeout=300
     )
 
 

@@ -16,6 +16,7 @@ from cfnlint.decode import cfn_yaml
 
 from fake_runtime_api import fake_runtime_api
 from lambda_support import moto_server
+from pace import Pace
 from pilotlight.artifact import Artifact
 from pilotlight.errors import ConfigError, LedgerUnavailable, RequestIdInUse, RequestNotFound
 from pilotlight.metering.dynamodb_ledger import DynamoDbLedger
@@ -186,10 +187,12 @@ def test_a_table_that_goes_away_is_unavailable(client: Any) -> None:
 def test_a_killed_function_is_closed_by_the_next_one(client: Any, demo_int4: Artifact, tmp_path: Path) -> None:
     request = {"model": demo_int4.path.name, "prompt": "Once", "max_tokens": 500, "ignore_eos": True, "stream": True}
     table = {"PILOTLIGHT_LEDGER_TABLE": "usage", "AWS_LAMBDA_LOG_STREAM_NAME": "sandbox-1"}
+    pace = Pace(tmp_path)
     with fake_runtime_api() as platform:
-        with bootstrap(platform, demo_int4.path, tmp_path / "unused.db", **table) as process:
+        slow = bootstrap(platform, demo_int4.path, tmp_path / "unused.db", **pace.environment, **table)
+        with slow as process, pace.slow(50):
             killed = platform.invoke(request)
-            for _ in range(100):
+            for _ in range(40):
                 assert killed.chunk() is not None
             os.kill(process.pid, signal.SIGKILL)
             process.wait()

@@ -22,7 +22,7 @@ TERRAFORM = shutil.which("terraform")
 SAM = shutil.which("sam") or shutil.which("sam", path=str(ROOT / ".venv-sam" / "bin"))
 
 
-def run(*command: str, cwd: Path = ROOT, timeout_s: int = 120) -> subprocess.CompletedProcess[str]:
+def run(*command: str, cwd: Path = ROOT, timeout_s: int = 600) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout_s)
 
 

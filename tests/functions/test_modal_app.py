@@ -88,7 +88,7 @@ def deployed(toy_artifact: Artifact, tmp_path_factory: pytest.TempPathFactory) -
         account = {"MODAL_SERVER_URL": api.url, "MODAL_TOKEN_ID": "ak-1", "MODAL_TOKEN_SECRET": "as-1"}
         command = [sys.executable, "-m", "modal", "deploy", str(app / "app.py")]
         variables = environment(config, HOME=str(directory), **account)
-        done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120, cwd=directory)
+        done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=3000, cwd=directory)
         assert done.returncode == 0, done.stdout + done.stderr
         yield Deployed(api, config, done.stdout)
 
@@ -198,7 +198,7 @@ def run_here(code: str, config: Path) -> Any:
         env=environment(config),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=3000,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -226,11 +226,11 @@ assert served.running is None and served.session is None, "a snapshot holds neit
 run_hooks(Flags.ENTER_POST_SNAPSHOT)
 port = served.running.port
 body = {"model": "demo", "prompt": "Sort these words: velvet, anchor", "max_tokens": 8, "stream": True}
-answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=60)
-models = httpx.get(f"http://127.0.0.1:{port}/v1/models").json()
+answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=300)
+models = httpx.get(f"http://127.0.0.1:{port}/v1/models", timeout=300).json()
 run_hooks(Flags.EXIT)
 try:
-    httpx.get(f"http://127.0.0.1:{port}/livez")
+    httpx.get(f"http://127.0.0.1:{port}/livez", timeout=300)
     alive = True
 except httpx.TransportError:
     alive = False

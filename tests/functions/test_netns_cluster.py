@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from netns_cluster import LOCK, namespaces
+from processes import wait_for
+from support import PATIENCE_S
 
 PROGRAM = """
 import signal, sys
@@ -55,9 +57,9 @@ def is_running(pid: int) -> bool:
 def test_sigterm_takes_the_machines_and_their_network_away() -> None:
     process, folder, pid = started()
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=30)
+    process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 128 + signal.SIGTERM
-    assert not is_running(pid)
+    wait_for(lambda: not is_running(pid))
     assert not namespaces()
     assert not folder.exists()
     assert "plbr0" not in subprocess.run(["ip", "link"], capture_output=True, text=True).stdout
@@ -66,12 +68,12 @@ def test_sigterm_takes_the_machines_and_their_network_away() -> None:
 def test_what_a_killed_program_left_goes_with_the_next_one() -> None:
     process, folder, pid = started()
     process.kill()
-    process.communicate(timeout=30)
+    process.communicate(timeout=PATIENCE_S)
     assert namespaces() == ["pl-test"]
     again, _, _ = started()
-    assert not is_running(pid)
+    wait_for(lambda: not is_running(pid))
     again.send_signal(signal.SIGTERM)
-    again.communicate(timeout=30)
+    again.communicate(timeout=PATIENCE_S)
     assert not namespaces()
     shutil.rmtree(folder)
 
@@ -83,5 +85,5 @@ def test_there_is_one_such_network_on_a_machine() -> None:
             started()
     finally:
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=30)
+        process.communicate(timeout=PATIENCE_S)
     assert LOCK.exists()

@@ -43,7 +43,7 @@ for name, deployment in sorted(deployments.items()):
 """
 
 
-def run_with_ray(*command: str, timeout_s: float = 120.0) -> subprocess.CompletedProcess[str]:
+def run_with_ray(*command: str, timeout_s: float = 600.0) -> subprocess.CompletedProcess[str]:
     folders = [ROOT / "runtime", ROOT / "functions" / "ray_app", ROOT / "bench", ROOT / "tests"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders)), "RAY_USAGE_STATS_ENABLED": "0"}
     return subprocess.run(
