@@ -9,6 +9,7 @@ The table is printed; all figures go into bench/results/.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -27,7 +28,9 @@ from candidates import Candidate, OptimumCandidate, PilotlightCandidate, build_a
 from models import SHAPES
 from models import write_model as write_random_model
 from pilotlight.artifact import Artifact
-from pilotlight_export.recipes import RECIPES
+from pilotlight_export.config import check_block_size
+from pilotlight_export.errors import UnsupportedModel
+from pilotlight_export.recipes import RECIPES, Recipe
 from pilotlight_export.source import Source, open_source
 from pilotlight_export.verify.graph_runner import Graphs
 from pilotlight_export.verify.passages import sample_passages
@@ -65,7 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=DEMO / "model", help="a model trained on the demo's corpus")
     parser.add_argument("--speed", choices=SHAPES, help="measure only speed, on random weights of this shape")
-    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, help="all that fit the model's widths by default")
     parser.add_argument(
         "--no-optimum", action="store_true", help="leave out Optimum's int8, which takes minutes to make"
     )
@@ -78,7 +81,8 @@ def main() -> None:
         directory = Path(name)
         model = write_random_model(SHAPES[args.speed], directory / "model") if args.speed else args.model
         source = open_source(str(model), None)
-        artifacts = build_artifacts(source, [RECIPES[recipe] for recipe in args.recipes], directory / "artifacts")
+        recipes = [RECIPES[name] for name in args.recipes] if args.recipes else _fitting(source)
+        artifacts = build_artifacts(source, recipes, directory / "artifacts")
         candidates: list[Candidate] = [PilotlightCandidate(a, NUM_ROWS, args.threads) for a in artifacts.values()]
         if not args.no_optimum:
             candidates.append(OptimumCandidate(source, directory / "optimum", args.threads))
@@ -89,6 +93,16 @@ def main() -> None:
             for row, speed in speeds.items():
                 rows[row] |= {column: round(speed.median, 1), f"{column} spread": round(speed.spread, 3)}
     _report(rows, args.name or f"quantization{f'-{args.speed}' if args.speed else ''}", args.threads)
+
+
+def _fitting(source: Source) -> list[Recipe]:
+    found = []
+    for recipe in RECIPES.values():
+        with contextlib.suppress(UnsupportedModel):
+            for block_size in recipe.block_sizes:
+                check_block_size(source.config, block_size)
+            found.append(recipe)
+    return found
 
 
 def _size(candidate: Candidate, source: Source) -> Figures:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
@@ -228,10 +227,21 @@ def test_steady_speed_leaves_out_prefill_and_total_does_not() -> None:
 
 
 def test_memory_of_a_process_is_anonymous_and_mapped() -> None:
-    before = resident(os.getpid())
-    held = bytearray(os.urandom(1) * (64 << 20))
-    after = resident(os.getpid())
-    assert after.anonymous_mib - before.anonymous_mib > 50, len(held)
+    script = (
+        "import os, sys; print(flush=True); sys.stdin.readline()\n"
+        "held = bytearray(os.urandom(1) * (64 << 20)); print(flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdout.readline()
+        before = resident(process.pid)
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+        process.stdout.readline()
+        after = resident(process.pid)
+        process.stdin.close()
+    assert 60 < after.anonymous_mib - before.anonymous_mib < 70
     assert before.mapped_mib > 1
 
 

@@ -82,7 +82,8 @@ def check_block_size(config: dict[str, Any], block_size: int) -> None:
     for name, width in widths.items():
         if width % block_size:
             raise UnsupportedModel(
-                f"{name} {width} is not a multiple of the quantization block of {block_size}; only fp32 is possible"
+                f"{name} {width} is not a multiple of the quantization block of {block_size}; "
+                "a recipe with smaller blocks, if there is one, or fp32 is possible"
             )
 
 

@@ -115,6 +115,7 @@ class Recipe:
 INT8 = Blocks(bits=8)
 INT4 = Blocks(bits=4, zero_point="fitted")
 INT4_BLOCKS64 = Blocks(bits=4, block_size=64, zero_point="fitted")
+INT4_BLOCKS128 = Blocks(bits=4, block_size=128, zero_point="fitted")
 INT4_NEAREST = Blocks(bits=4, scales="nearest")
 
 EMBEDDING = "*embed_tokens.weight"
@@ -127,6 +128,7 @@ ROTARY: Rules = (("rotary*", Halves()),)
 _W8A8: Rules = (("*", Columns()),)
 _INT4: Rules = (*ROTARY, (FIRST_LAYER, INT8), ("*", INT4))
 _INT4_BLOCKS64: Rules = (*ROTARY, (FIRST_LAYER, INT8), ("*", INT4_BLOCKS64))
+_INT4_BLOCKS128: Rules = (*ROTARY, (FIRST_LAYER, INT8), ("*", INT4_BLOCKS128))
 
 
 def _with_heads(scheme: Scheme, rules: Rules) -> Rules:
@@ -136,6 +138,7 @@ def _with_heads(scheme: Scheme, rules: Rules) -> Rules:
 
 _BATCHES = GraphRecipe(((EMBEDDING, INT4), *ROTARY, *_W8A8))
 _BATCHES_BLOCKS64 = GraphRecipe(((EMBEDDING, INT4_BLOCKS64), *ROTARY, *_W8A8))
+_BATCHES_BLOCKS128 = GraphRecipe(((EMBEDDING, INT4_BLOCKS128), *ROTARY, *_W8A8))
 
 EXACT = Recipe("fp32", "fp32", GraphRecipe())
 _ALL = (
@@ -153,6 +156,7 @@ _ALL = (
     Recipe("hybrid", "hybrid", GraphRecipe(_INT4), _BATCHES, has_int8_cache=True),
     Recipe("hybrid-cache32", "hybrid", GraphRecipe(_INT4), _BATCHES),
     Recipe("hybrid-blocks64", "hybrid", GraphRecipe(_INT4_BLOCKS64), _BATCHES_BLOCKS64, has_int8_cache=True),
+    Recipe("hybrid-blocks128", "hybrid", GraphRecipe(_INT4_BLOCKS128), _BATCHES_BLOCKS128, has_int8_cache=True),
 )
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in _ALL}
 PRECISIONS: tuple[str, ...] = tuple(dict.fromkeys(recipe.precision for recipe in _ALL))

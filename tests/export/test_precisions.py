@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +14,22 @@ import pytest
 from tokenizers import Tokenizer
 
 import corpus
-from pilotlight.artifact import BATCH_GRAPH, GRAPH, KV_STEPS, PREFILL_GRAPH, PREFILL_WEIGHTS, WEIGHTS, Artifact
+from pilotlight.artifact import (
+    BATCH_GRAPH,
+    GRAPH,
+    KV_STEPS,
+    PREFILL_GRAPH,
+    PREFILL_WEIGHTS,
+    WEIGHTS,
+    Artifact,
+    Manifest,
+)
+from pilotlight_export.errors import UnsupportedModel
+from pilotlight_export.export import export_model
 from pilotlight_export.fuse import fuse
 from pilotlight_export.kv_cache import Scales, measure_kv_scales, write_kv_scales
 from pilotlight_export.lower import lower
+from pilotlight_export.progress import Progress
 from pilotlight_export.recipes import EXACT, RECIPES, Blocks, GraphRecipe, Recipe
 from pilotlight_export.source import Source, open_source
 from pilotlight_export.trace import trace
@@ -25,9 +38,12 @@ from pilotlight_export.verify.graph_runner import GraphRunner, Graphs
 from pilotlight_export.verify.passages import Passage, sample_passages
 from pilotlight_export.verify.prompts import Prompts
 from pilotlight_export.weights import MAX_INLINE_BYTES, PAGE_BYTES
+from tiny_models import write_model
 
+DEMO_WIDTH = 192
 DEMO_MODEL = Path(__file__).parents[2] / "models" / "demo" / "model"
-QUANTIZED = [name for name in RECIPES if name != "fp32"]
+FITTING = [name for name, recipe in RECIPES.items() if not any(DEMO_WIDTH % size for size in recipe.block_sizes)]
+QUANTIZED = [name for name in FITTING if name != "fp32"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +68,7 @@ def demo(one_torch_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Lo
     source = open_source(str(DEMO_MODEL), None)
     fused = trace(source.directory, directory / "traced")
     fuse(fused, source.shapes)
-    directories = {name: directory / name for name in RECIPES}
+    directories = {name: directory / name for name in FITTING}
     make(fused, EXACT, directories["fp32"])
     graphs = Graphs(directories["fp32"], source.shapes)
     answers = sample_passages(graphs, Prompts(source.directory), source.special_tokens.eos_ids)
@@ -297,3 +313,20 @@ def test_weights_take_the_space_that_is_reckoned(demo: Lowered) -> None:
     shapes = demo.source.shapes
     rotary = 2 * pages(shapes.max_context_tokens * shapes.head_size)
     assert pages((demo.directories["int4"] / WEIGHTS).stat().st_size) == expected + rotary
+
+
+@pytest.mark.model
+def test_a_recipe_whose_blocks_need_wide_rows(one_torch_thread: None, tiny_llama: Path, tmp_path: Path) -> None:
+    def export(model: Path, recipe: str) -> Manifest:
+        quiet = Progress(io.StringIO())
+        return export_model(str(model), tmp_path / recipe, precision="hybrid", recipe_name=recipe, progress=quiet)
+
+    with pytest.raises(
+        UnsupportedModel, match="hidden_size 64 is not a multiple of the quantization block of 128; a r"
+    ):
+        export(tiny_llama, "hybrid-blocks128")
+    wide = write_model(tmp_path / "wide", hidden_size=128, intermediate_size=256)
+    of_128, of_32 = export(wide, "hybrid-blocks128"), export(wide, "hybrid")
+    assert "block 128" in str(of_128.recipe["*"])
+    divergences = [float(found.verification["mean_kl"]) for found in (of_32, of_128)]
+    assert divergences[0] < divergences[1] < 4 * divergences[0]
