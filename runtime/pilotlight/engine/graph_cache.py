@@ -13,12 +13,10 @@ artifacts that were not opened for a month. On a disk that is nearly full none i
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import os
 import platform
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -27,6 +25,7 @@ from pathlib import Path
 import msgspec
 
 from pilotlight.artifact import GRAPH, WEIGHTS, Artifact, sha256_of
+from pilotlight.scratch import scratch
 
 STAMP = "stamp.json"
 PRIVATE = 0o700
@@ -79,29 +78,21 @@ class GraphCache:
         entry = self._entry(artifact, name)
         entry.parent.mkdir(mode=PRIVATE, parents=True, exist_ok=True)
         self._clear_away()
-        _check_room(entry.parent, artifact)
-        workplace = Path(tempfile.mkdtemp(prefix=BEGUN, dir=entry.parent))
-        held = os.open(workplace, os.O_RDONLY)
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX)
-            yield workplace / GRAPH
-            stamp = self._stamp(artifact, name, workplace)
-            (workplace / STAMP).write_bytes(msgspec.json.encode(stamp))
+        _check_room(self._directory, artifact)
+        with scratch(BEGUN, self._directory) as workplace:
+            made = workplace / "entry"
+            made.mkdir(mode=PRIVATE)
+            yield made / GRAPH
+            (made / STAMP).write_bytes(msgspec.json.encode(self._stamp(artifact, name, made)))
             shutil.rmtree(entry, ignore_errors=True)
             with suppress(OSError):  # another process was quicker; its graph is as good
-                workplace.rename(entry)
-        finally:
-            os.close(held)
-            shutil.rmtree(workplace, ignore_errors=True)
+                made.rename(entry)
 
     def discard(self, artifact: Artifact, name: str) -> None:
         """Remove a kept graph."""
         shutil.rmtree(self._entry(artifact, name), ignore_errors=True)
 
     def _clear_away(self) -> None:
-        for begun in self._directory.glob(f"*/{BEGUN}*"):
-            if not _is_held(begun):
-                shutil.rmtree(begun, ignore_errors=True)
         oldest = time.time() - UNUSED_S
         for stamp in self._directory.glob(f"*/*/{STAMP}"):
             with suppress(OSError):  # another process clears away, too
@@ -131,21 +122,6 @@ def _check_room(directory: Path, artifact: Artifact) -> None:
     needed = LEFT_FREE_BYTES + sum((artifact.path / file).stat().st_size for file in artifact.manifest.files)
     if shutil.disk_usage(directory).free < needed:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(directory))
-
-
-def _is_held(workplace: Path) -> bool:
-    """Return whether a living process is still making a graph here; the system lets go of a lock with its process."""
-    try:
-        held = os.open(workplace, os.O_RDONLY)
-    except OSError:
-        return True  # gone by now, or not ours
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    finally:
-        os.close(held)
-    return False
 
 
 def _is_private(entry: Path) -> bool:
