@@ -290,7 +290,7 @@ def test_a_defect_while_generating_ends_the_answer(
                 raise KeyError("secret")
 
             monkeypatch.setattr("pilotlight.function.run.final_record", break_down)
-            response = await asyncio.wait_for(toy.chat(max_tokens=2, stream=stream), 20)
+            response = await asyncio.wait_for(toy.chat(max_tokens=2, stream=stream), 300)
             assert "an internal error occurred" in response.text
             assert "secret" not in response.text
             assert "[DONE]" not in response.text

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine_support import Log, engine_on
+from engine_support import Log, Steps, engine_on
 from pilotlight.artifact import Artifact
 from pilotlight.config import FunctionSettings
 from pilotlight.engine import speculation
@@ -27,7 +27,7 @@ from pilotlight.engine.scheduler import Active, Scheduler
 from pilotlight.engine.session import Logits, OnnxSession
 from pilotlight.engine.speculation import DRAFT_TOKENS, PromptLookup, drafts_that_pay
 from pilotlight.request import FinishReason, SamplingParams, Sequence, Signals
-from support import EOS_ID, VOCAB_SIZE, toy_tokenizer
+from support import EOS_ID, PATIENCE_S, VOCAB_SIZE, toy_tokenizer
 
 PLAIN, EAGER = Policy(max_chunk_tokens=8), Policy(max_chunk_tokens=8, speculates=True)
 POEM = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9]
@@ -251,11 +251,15 @@ def test_a_failed_run_ends_its_sequence_with_the_tokens_before_it() -> None:
 
 @pytest.mark.usefixtures("everything_pays")
 def test_an_aborted_sequence_ends_once() -> None:
-    with engine_on(Forgetful(VOCAB_SIZE, max_context_tokens=4000), EAGER) as (engine, log):
+    steps = Steps(40)
+    session = Forgetful(VOCAB_SIZE, max_context_tokens=4000, before_run=steps.take)
+    with engine_on(session, EAGER) as (engine, log):
         for number in range(12):
             engine.submit(Sequence(f"s{number}", (1, 2, 3), 3900, sampling=SAMPLING["greedy"]))
+        assert steps.waits.wait(PATIENCE_S)
         for number in range(12):
             engine.abort(f"s{number}")
+        steps.release(1000)
         log.wait_for_end(*(f"s{number}" for number in range(12)))  # which refuses events behind the last one
         assert {events[-1].finish for events in log.by_sequence.values()} == {FinishReason.CANCELLED}
 

@@ -28,6 +28,9 @@ from pilotlight.metering.usage import Timings, Usage
 from pilotlight.request import FinishReason
 from postgres_server import NOBODY, PostgresServer, programs
 
+LEASE_S = 3600.0
+"""So long that no ledger renews its lease by itself during a test, however long that takes."""
+
 
 @pytest.fixture
 def url() -> Iterator[str]:
@@ -37,14 +40,14 @@ def url() -> Iterator[str]:
 
 @pytest.fixture
 def here(url: str, tmp_path: Path) -> Iterator[PostgresLedger]:
-    with PostgresLedger(url, folder(tmp_path / "here")) as ledger:
+    with PostgresLedger(url, folder(tmp_path / "here"), lease_s=LEASE_S) as ledger:
         yield ledger
 
 
 @pytest.fixture
 def there(url: str, tmp_path: Path) -> Iterator[PostgresLedger]:
     """A writer on another machine: it doesn't see the marks of ``here``."""
-    with PostgresLedger(url, folder(tmp_path / "there")) as ledger:
+    with PostgresLedger(url, folder(tmp_path / "there"), lease_s=LEASE_S) as ledger:
         yield ledger
 
 

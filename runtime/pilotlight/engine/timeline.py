@@ -42,8 +42,8 @@ class StageTimes:
         self._since = self._started_at = time.perf_counter()
 
     def stop(self) -> None:
-        self.wall_s = time.perf_counter() - self._started_at
         self.enter("")
+        self.wall_s = self._since - self._started_at
         self._running = False
 
     def enter(self, stage: str) -> None:
