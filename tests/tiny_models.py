@@ -42,6 +42,16 @@ class FusedModel:
     reference: Reference
 
 
+HELD_EXPORT = """
+import signal, sys
+from pilotlight_export import export
+from pilotlight_export.cli import main
+export.fuse = lambda *_: [print("in the middle", file=sys.stderr, flush=True), signal.pause()]
+main(sys.argv[1:])
+"""
+"""An export that says when it is in the middle, and stays there until it is ended."""
+
+
 def write_model(directory: Path, architecture: str = "LlamaForCausalLM", **overrides: Any) -> Path:
     """Write a complete model directory: config, safetensors, tokenizer, chat template, generation settings, licence."""
     directory.mkdir(parents=True)

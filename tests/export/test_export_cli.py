@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from pilotlight_export.cli import default_target, main
 from pilotlight_export.errors import VerificationError
 from pilotlight_export.recipes import PRECISIONS
+from tiny_models import HELD_EXPORT
 
 
 def test_help_needs_no_heavy_import() -> None:
@@ -92,10 +93,10 @@ def test_a_missing_library_is_one_line(tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.model
 def test_a_terminated_export_removes_its_traces(tiny_llama: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pilotlight_export", "export", str(tiny_llama), "--out", str(tmp_path / "out")]
+    command = [sys.executable, "-c", HELD_EXPORT, "export", str(tiny_llama), "--out", str(tmp_path / "out")]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as export:
         assert export.stderr is not None
-        while "Export with Optimum" not in export.stderr.readline():
+        while export.stderr.readline() != "in the middle\n":
             assert export.poll() is None
         export.terminate()
         last_line = export.stderr.read().splitlines()[-1]

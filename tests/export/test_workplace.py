@@ -17,6 +17,7 @@ import pytest
 from pilotlight.scratch import LOCK
 from pilotlight_export.errors import TargetError
 from pilotlight_export.workplace import ARTIFACT, REPLACED, check_space, check_target, move_into_place, workplace
+from tiny_models import HELD_EXPORT
 
 DiskUsage = namedtuple("DiskUsage", "total used free")
 
@@ -136,9 +137,10 @@ def export_command(model: object, target: Path) -> list[str]:
 @pytest.mark.model
 def test_a_killed_export_is_swept_by_the_next_one(tiny_llama: Path, tmp_path: Path) -> None:
     target = tmp_path / "out"
-    with subprocess.Popen(export_command(tiny_llama, target), stderr=subprocess.PIPE, text=True) as export:
+    command = [sys.executable, "-c", HELD_EXPORT, *export_command(tiny_llama, target)[3:]]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as export:
         assert export.stderr is not None
-        while "Export with Optimum" not in export.stderr.readline():
+        while export.stderr.readline() != "in the middle\n":
             assert export.poll() is None
         export.send_signal(signal.SIGKILL)
     assert [path.name.rpartition("-")[0] for path in tmp_path.iterdir()] == [".out.export"]
