@@ -15,6 +15,8 @@ from pathlib import Path
 SUPERUSER = "pilotlight"
 NOBODY = "postgres"
 """Who runs the server where root runs the tests: PostgreSQL refuses to be root."""
+PATIENTLY = ("-w", "-t", "600")
+"""To wait until it is done, for ten minutes instead of one."""
 
 
 class NoPostgres(Exception):
@@ -31,15 +33,14 @@ class PostgresServer:
     def start(self) -> None:
         options = f"-k {self._folder} -c listen_addresses='' -c fsync=off -c max_connections=300"
         log = str(self._folder / "log")
-        self._run("pg_ctl", "start", "-w", "-D", str(self._folder / "data"), "-l", log, "-o", options)
+        self._run("pg_ctl", "start", *PATIENTLY, "-D", str(self._folder / "data"), "-l", log, "-o", options)
 
     def stop(self, mode: str = "fast") -> None:
-        self._run("pg_ctl", "stop", "-w", "-m", mode, "-D", str(self._folder / "data"))
+        self._run("pg_ctl", "stop", *PATIENTLY, "-m", mode, "-D", str(self._folder / "data"))
 
     def create(self) -> None:
-        self._run(
-            "initdb", "-D", str(self._folder / "data"), "-U", SUPERUSER, "-A", "trust", "-E", "UTF8", "--locale=C"
-        )
+        trusting = ("-U", SUPERUSER, "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync")
+        self._run("initdb", "-D", str(self._folder / "data"), *trusting)
 
     @property
     def url(self) -> str:
