@@ -38,9 +38,9 @@ def moto_server() -> Iterator[str]:
 class GatedSession(FakeSession):
     """Runs the model only as often as the gate was opened; each run is one token once the prompt is read."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_context_tokens: int = 64) -> None:
         self._permits = threading.Semaphore(0)
-        super().__init__(VOCAB_SIZE, before_run=self._permits.acquire)
+        super().__init__(VOCAB_SIZE, max_context_tokens=max_context_tokens, before_run=self._permits.acquire)
 
     def permit(self, num_runs: int) -> None:
         self._permits.release(num_runs)
