@@ -30,8 +30,9 @@ from pilotlight.metering.database import URL_SCHEMES, located
 from pilotlight.metering.keyring import Keyring
 from pilotlight.metering.opening import open_ledger
 from ray_engine import EngineReplica
-from ray_gateway import Gateway, spot_name
+from ray_gateway import Gateway
 from ray_mix import ON_DEMAND, SPOT
+from ray_mixed_place import spot_name
 
 LOOK_AHEAD = 1
 SIGNALS_INTERVAL_S = 0.5

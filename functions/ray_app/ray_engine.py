@@ -81,6 +81,9 @@ class EngineReplica:
             yield encode(HandOver(attempt.epoch, self.id))
             return
         loaded = await self.engine(attempt.function)
+        if self._leaving:  # while the function was loaded, which takes seconds
+            yield encode(HandOver(attempt.epoch, self.id))
+            return
         running = Running(attempt, loaded)
         self._running[running.engine_id] = running
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,18 +26,13 @@ from pilotlight.metering.opening import open_ledger
 from pilotlight.metering.price_schedule import PriceSchedule
 from pilotlight.metering.record import Capacity
 from pilotlight.metering.signing import Signer
-from ray_mixed_place import MixedPlace
+from ray_mixed_place import MixedPlace, capacity_of, spot_name
 from ray_place import ServePlace
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
 
 logger = logging.getLogger("pilotlight.ray")
-
-
-def spot_name(pool: str) -> str:
-    """Return what the deployment of a pool on spot machines is called."""
-    return f"{pool}-spot"
 
 
 class Gateway:
@@ -115,5 +111,6 @@ class Gateway:
             max_context_tokens=context,
             max_duration_s=of_function.max_duration_s,
             capacity=Capacity(settings.host.capacity),
+            capacity_of=None if on_spot is None else partial(capacity_of, pool=handle.deployment_name),
             observer=self._metrics,
         )

@@ -12,9 +12,20 @@ import ray_replicas
 from pilotlight.host.attempt import Attempt, FromAttempt
 from pilotlight.host.routing import Choice, prefix_keys, route
 from pilotlight.host.wire import ReplicaSpec
+from pilotlight.metering.record import Capacity
 
 LOOK_AGAIN_S = 0.1
 """How often an attempt that waits at a deployment without replicas looks whether the other one has some."""
+
+
+def spot_name(pool: str) -> str:
+    """Return what the deployment of a pool on spot machines is called."""
+    return f"{pool}-spot"
+
+
+def capacity_of(replica_id: str, pool: str) -> Capacity:
+    """Return how the machine of a replica of a mixed pool is paid for: replicas begin with their deployment's name."""
+    return Capacity.SPOT if replica_id.rpartition("-")[0] == spot_name(pool) else Capacity.ON_DEMAND
 
 
 class Deployed(Protocol):

@@ -18,13 +18,13 @@ def drain_this_node(notice: Notice) -> None:
     Ray has no public call for it. This is the one under its command `ray drain-node`, whose start alone would take some
     seconds of the time that is left.
     """
-    import ray
-    from ray.core.generated import autoscaler_pb2
-
-    context = ray.get_runtime_context()
-    reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
     why = f"{notice.kind} notice from {notice.source}"
     try:
+        import ray
+        from ray.core.generated import autoscaler_pb2
+
+        context = ray.get_runtime_context()
+        reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
         client = ray._raylet.GcsClient(address=context.gcs_address)
         accepted, problem = client.drain_node(context.get_node_id(), reason, why, deadline_ms(notice, time.time()))
     except Exception as error:  # noqa: BLE001 - whatever Ray raises: the replica leaves all the same

@@ -41,7 +41,7 @@ class ServePlace:
             async for answer in answers:
                 yield read_answer(answer)
         except (RayError, RayServeException) as error:
-            raise ReplicaLost(str(error).strip().splitlines()[0]) from error
+            raise ReplicaLost(next(iter(str(error).strip().splitlines()), type(error).__name__)) from error
         finally:
             answers.cancel()
 

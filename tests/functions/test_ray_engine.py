@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import sys
 import threading
 from collections.abc import AsyncIterator
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 import ray_engine
+import ray_node
 from pilotlight.engine.backend import EngineBackend
 from pilotlight.engine.fake import FakeSession, next_token
 from pilotlight.engine.policy import Policy
@@ -275,3 +277,37 @@ def test_a_function_that_is_unloaded_hands_over_what_it_runs(drained: list[Notic
     found = asyncio.run(scenario())
     assert isinstance(found[-1], HandOver)
     assert tokens_of(found) == expected((1, 2), 4000)[: len(tokens_of(found))]
+
+
+def test_a_function_that_was_loaded_while_its_replica_left_takes_nothing(drained: list[Notice]) -> None:
+    async def scenario() -> list[FromAttempt]:
+        class Slow(EngineReplica):
+            async def engine(self, function: str) -> Loaded:
+                self.noticed(Notice(Kind.INTERRUPTION, "file", 3600.0))
+                await left(self)
+                return await super().engine(function)
+
+        replica = Slow("f-1", {"f": SPEC}, "")
+        found = [answer async for answer in answers(replica, Sequence("s", (5,), 3, sampling=GREEDY), epoch=2)]
+        assert replica.record_autoscaling_stats()["num_running"] == 0
+        await replica.close()
+        return found
+
+    assert asyncio.run(scenario()) == [HandOver(2, "f-1")]
+
+
+def test_a_replica_leaves_although_ray_cannot_drain_its_node(
+    drained: list[Notice], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_engine, "drain_this_node", ray_node.drain_this_node)
+    monkeypatch.setitem(sys.modules, "ray", None)  # another Ray, whose private parts are elsewhere
+
+    async def scenario() -> list[FromAttempt]:
+        replica = EngineReplica("f-1", {"f": SPEC}, "")
+        replica.noticed(Notice(Kind.INTERRUPTION, "aws", 3600.0))
+        await left(replica)
+        found = [answer async for answer in answers(replica, Sequence("s", (5,), 3, sampling=GREEDY))]
+        await replica.close()
+        return found
+
+    assert asyncio.run(asyncio.wait_for(scenario(), 60)) == [HandOver(0, "f-1")]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncGenerator
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,14 +17,17 @@ from hypothesis import strategies as st
 import ray_mix
 import ray_mixed_place
 import ray_replicas
+from pilotlight.artifact import Artifact
 from pilotlight.engine.policy import Policy
-from pilotlight.host.attempt import Attempt, FromAttempt, HandOver
+from pilotlight.host.attempt import Attempt, FromAttempt, HandOver, Part
+from pilotlight.host.remote import RemoteBackend, RemoteSettings, ReplicaLost
 from pilotlight.host.routing import prefix_keys
 from pilotlight.host.wire import ReplicaSpec
-from pilotlight.request import Sequence
+from pilotlight.request import FinishReason, Sequence, TokenEvent
 from ray_mix import ON_DEMAND, SPOT, Seen
-from ray_mixed_place import MixedPlace
+from ray_mixed_place import MixedPlace, capacity_of
 from ray_scaling import MixedPolicy
+from support import serving
 
 NOTHING = Seen(0, 0, 0.0, 0.0, {})
 CROWD: dict[str, dict[Any, float]] = {"service_s": {"a": 4.0}, "start_s": {"a": 1.0}}
@@ -258,3 +264,49 @@ def test_what_is_crowded_comes_late_and_what_is_unreachable_not_at_all() -> None
     ray_replicas.present("f", {"a": 1})
     assert ray_replicas.known("f", "a") is one, "what is known of a replica outlives an update"
     assert ray_replicas.known("f", "b") is None
+
+
+class Answering:
+    """A place whose replica answers with one token after the other, until the answer is as long as was asked for."""
+
+    def __init__(self, *replicas: str) -> None:
+        self.replicas = deque(replicas)
+
+    def leaving(self, replica_id: str) -> None:
+        raise AssertionError
+
+    async def attempt(self, attempt: Attempt) -> AsyncGenerator[FromAttempt, None]:
+        replica_id, begun = self.replicas.popleft(), len(attempt.sequence.emitted_ids)
+        for number in range(begun, attempt.sequence.max_new_tokens):
+            is_last = number == attempt.sequence.max_new_tokens - 1
+            event = TokenEvent(3, 1.0, FinishReason.LENGTH if is_last else None, None if number else 0.5)
+            yield Part(attempt.epoch, number, replica_id, 1.0, [event])
+            if self.replicas:
+                raise ReplicaLost("its machine is gone")
+
+
+@pytest.mark.parametrize(
+    ("replicas", "capacity"),
+    [(["toy-abc"], "on_demand"), (["toy-spot-abc"], "spot"), (["toy-spot-abc", "toy-def"], "on_demand")],
+)
+def test_a_record_says_how_the_last_replica_s_machine_is_paid_for(
+    toy_artifact: Artifact, tmp_path: Path, replicas: list[str], capacity: str
+) -> None:
+    async def scenario() -> dict[str, Any]:
+        async with serving(toy_artifact, tmp_path) as toy:
+            await toy.function.backend.close()
+            toy.function.backend = RemoteBackend(RemoteSettings("toy", 8, 1000), Answering(*replicas))
+            toy.function.capacity_of = partial(capacity_of, pool="toy")
+            response = await toy.complete(max_tokens=3)
+            record = await toy.client.get(f"/v1/usage/{response.headers['x-request-id']}")
+            found: dict[str, Any] = record.json()
+            return found
+
+    record = asyncio.run(scenario())
+    assert (record["replica_id"], record["capacity"]) == (replicas[-1], capacity)
+    assert record["completion_tokens"] == 3
+
+
+def test_the_function_s_name_may_look_like_that_of_spot_machines() -> None:
+    assert capacity_of("my-spot-abc", "my-spot") == "on_demand"
+    assert capacity_of("my-spot-spot-abc", "my-spot") == "spot"

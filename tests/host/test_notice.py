@@ -6,6 +6,8 @@ import asyncio
 import math
 import os
 import signal
+import socket
+import threading
 import urllib.error
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -164,3 +166,25 @@ def test_each_kind_is_told_once_and_trouble_is_survived() -> None:
 
     asyncio.run(scenario())
     assert told == [hint, end]
+
+
+def test_a_time_without_a_zone_makes_no_sense() -> None:
+    action = b'{"action": "terminate", "time": "2026-01-01T00:00:00"}'
+    with pytest.raises(ValueError, match="timezone"):
+        aws_interruption(action, datetime(2026, 1, 1, tzinfo=UTC))
+
+
+def test_whoever_does_not_speak_http_says_nothing() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(b"220 mail.example ready\r\n")
+
+        answering = threading.Thread(target=answer)
+        answering.start()
+        with pytest.raises(OSError, match="BadStatusLine"):
+            GoogleNotices(f"http://127.0.0.1:{server.getsockname()[1]}").ask()
+        answering.join()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections.abc import Callable
 from datetime import UTC, datetime
 
 from pilotlight.artifact import Artifact
@@ -33,6 +34,7 @@ class Function:
         max_duration_s: float = 3600.0,
         max_answer_tokens: int | None = None,
         capacity: Capacity = Capacity.ON_DEMAND,
+        capacity_of: Callable[[str], Capacity] | None = None,
         tee: TeeLabel = TeeLabel.NONE,
         observer: Observer | None = None,
         texts: Texts | None = None,
@@ -46,6 +48,7 @@ class Function:
         self.max_duration_s = max_duration_s
         self.max_answer_tokens = max_answer_tokens
         self.capacity = capacity
+        self.capacity_of = capacity_of or (lambda replica_id: capacity)
         self.tee = tee
         self.created_at_utc = datetime.now(UTC)
         self.replica_id = _new_replica_id(name)

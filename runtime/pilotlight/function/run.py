@@ -102,7 +102,9 @@ class Run:
                 failure = await self._generate()
             usage = progress.usage(invocation)
             if progress.replica_id is not None:
-                admission = msgspec.structs.replace(admission, replica_id=progress.replica_id)
+                admission = msgspec.structs.replace(
+                    admission, replica_id=progress.replica_id, capacity=function.capacity_of(progress.replica_id)
+                )
             record = final_record(admission, usage, progress.timings(), progress.finish, progress.stop_detail)
             await self._finish(record)
             function.observer.finished(record)

@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import msgspec
 
@@ -264,7 +264,7 @@ async def _watch(source: NoticeSource, tell: Callable[[Notice], None]) -> None:
 
 class _InstanceAction(msgspec.Struct, frozen=True):
     action: str
-    time: datetime
+    time: Annotated[datetime, msgspec.Meta(tz=True)]
 
 
 class _Written(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -274,6 +274,7 @@ class _Written(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def _read(url: str, headers: dict[str, str], method: str = "GET") -> bytes:
     import urllib.request  # here, because it takes a while, and most hosts ask no such server
+    from http.client import HTTPException
     from urllib.error import HTTPError
 
     request = urllib.request.Request(url, headers=headers, method=method)  # noqa: S310 - http, and not a client's URL
@@ -285,3 +286,5 @@ def _read(url: str, headers: dict[str, str], method: str = "GET") -> bytes:
     except HTTPError as error:
         error.close()
         raise
+    except HTTPException as error:  # whoever has this address here does not speak HTTP
+        raise OSError(f"{type(error).__name__}: {error}") from error
