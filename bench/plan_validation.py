@@ -1,11 +1,17 @@
-"""The planner against the host: segments of real traces, replayed over HTTP and simulated with that hour's rates.
+"""The planner against the host: segments of real traces, replayed over HTTP and simulated with that minute's rates.
 
-    python bench/plan_validation.py ARTIFACT --traces DIR [--segments code-a code-b chat] [--out FILE]
+    python bench/plan_validation.py ARTIFACT --traces DIR [--segments code-a code-b chat] [--repeats N]
+                                    [--onto FILE] [--out FILE]
 
-First the artifact's rates are measured as `pilotlight bench --rates` does. Then every segment is sent to a real
-`pilotlight serve` on loopback, which sleeps and wakes meanwhile, each request at its own time whatever became of the
-others; and simulated, at several phases of the host's second hand, of which the replay had one by chance. Nothing is
-fitted to the replay: what the simulation knows are the rates, the trace and the configuration.
+Every segment is sent to a real `pilotlight serve` on loopback, which sleeps and wakes meanwhile, each request at its
+own time whatever became of the others. Right before and right after each replay the artifact's rates are measured, as
+`pilotlight bench --rates` does, and the segment is simulated with both, at several phases of the host's second hand,
+of which the replay had one by chance. Nothing is fitted to the replay: what the simulation knows are the rates, the
+trace and the configuration.
+
+Machines change their speed by more than the planner is to be wrong, so that one replay says little: `--repeats` replays
+the segments again and again, by turns, and `--onto` adds to an earlier run's. Each replay makes a pair with its own
+simulation, and the table shows medians over the pairs.
 """
 
 from __future__ import annotations
@@ -28,13 +34,14 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import uvloop
 
-from http_client import Response, exchange
+from http_client import Exchange, Response
 from machine import describe_machine
 from pilotlight.config import FunctionSettings
 from pilotlight.host.bench import Bench
 from pilotlight.host.rates import Rates
-from pilotlight.plan.outcomes import percentile
+from pilotlight.plan.outcomes import STAGES, percentile
 from pilotlight.plan.plans import Place, Plan, Warmth
 from pilotlight.plan.prices import read_prices
 from pilotlight.plan.simulate import Conditions, simulate
@@ -42,10 +49,12 @@ from pilotlight.plan.trace import Arrival, Scaling, read_trace
 
 CODE, CHAT = "AzureLLMInferenceTrace_code.csv", "mooncake_conversation_trace.jsonl"
 CONTEXT = 512
-NUM_PHASES = 12
+NUM_PHASES = 6
 TOLERANCE = 0.2
 JUDGED = ("ttft_p50_s", "ttft_p95_s", "num_cold_starts")
+COMPARED = (*JUDGED, "ttft_p99_s", "mean_ttft_s")
 TTFT_BYTES = b"data: {"
+REQUEST_ID = re.compile(rb"(?i)x-request-id: (\S+)")
 
 
 @dataclass(frozen=True)
@@ -61,7 +70,7 @@ class Segment:
 
 
 def _code(from_s: float, duration_s: float, speed_up: float) -> Scaling:
-    return Scaling(from_s, duration_s, None, speed_up, 1 / 12, 1.0, CONTEXT, 128)
+    return Scaling(from_s, duration_s, None, speed_up, 1 / 24, 1 / 2, CONTEXT, 128)
 
 
 SEGMENTS = {
@@ -76,7 +85,7 @@ SEGMENTS = {
 
 @dataclass(frozen=True)
 class Figures:
-    """What was measured, or simulated."""
+    """What was measured, or simulated. ``mean_stages_s``: where the time went, `plan.outcomes.STAGES`."""
 
     num_requests: int
     num_served: float
@@ -86,6 +95,7 @@ class Figures:
     ttft_p95_s: float
     ttft_p99_s: float
     mean_ttft_s: float
+    mean_stages_s: dict[str, float]
 
 
 def prompt_ids(number: int, arrival: Arrival) -> list[int]:
@@ -107,28 +117,45 @@ def bodies(arrivals: list[Arrival]) -> list[bytes]:
     ]  # fmt: skip
 
 
-def replay(port: int, arrivals: list[Arrival]) -> tuple[list[float | None], float]:
-    """Send all requests, each at its time; return their times to first token, None for who was refused, and the worst
-    delay of a sending.
+@dataclass(frozen=True)
+class Asked:
+    """A request that was sent: how late, when by the client's clock, and what came."""
+
+    late_s: float
+    sent_at: float
+    exchange: Exchange
+
+
+def replay(port: int, arrivals: list[Arrival]) -> list[Asked]:
+    """Send all requests, each at its time. What comes is read as HTTP when all is over: the client shares the cores
+    with the server.
     """
     prepared = bodies(arrivals)
 
-    async def ask(number: int, begun_at: float) -> tuple[float | None, float]:
+    async def ask(number: int, begun_at: float) -> Asked:
         due_at = begun_at + arrivals[number].at_s
         await asyncio.sleep(due_at - time.monotonic())
         sent_at = time.monotonic()
-        response = await exchange(port, "/v1/completions", prepared[number])
-        if response.status == 503:
-            return None, sent_at - due_at
-        assert response.status == 200, (response.status, response.pieces[:1])
-        return first_token_at(response) - sent_at, sent_at - due_at
+        transport, ours = await asyncio.get_running_loop().create_connection(Exchange, "127.0.0.1", port)
+        try:
+            transport.write(head(len(prepared[number])) + prepared[number])
+            await ours.closed
+        finally:
+            transport.close()
+        return Asked(sent_at - due_at, sent_at, ours)
 
-    async def ask_all() -> list[tuple[float | None, float]]:
+    async def ask_all() -> list[Asked]:
         begun_at = time.monotonic() + 0.5
         return list(await asyncio.gather(*(ask(number, begun_at) for number in range(len(arrivals)))))
 
-    answers = asyncio.run(ask_all())
-    return [wait for wait, _ in answers], max(late for _, late in answers)
+    return uvloop.run(ask_all())
+
+
+def head(num_bytes: int) -> bytes:
+    return (
+        "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {num_bytes}\r\n\r\n"
+    ).encode()
 
 
 def first_token_at(response: Response) -> float:
@@ -165,79 +192,129 @@ def num_starts(port: int) -> int:
 
 @dataclass(frozen=True)
 class Replayed:
-    """A replay: its figures, how late the client was at worst, and what each request waited."""
+    """A replay: its figures, how late the client was at worst, and by request the milliseconds of each stage."""
 
     figures: Figures
     late_s: float
-    waits_s: list[float | None]
+    stages_ms: list[dict[str, float] | None]
 
 
 def measured(artifact: Path, segment: Segment, arrivals: list[Arrival], num_threads: int) -> Replayed:
     with server(artifact, segment, num_threads) as port:
-        waits, late_s = replay(port, arrivals)
+        asked = replay(port, arrivals)
         starts = num_starts(port)
-    ordered = sorted(wait for wait in waits if wait is not None)
+        stages_ms = [stages_of(port, one) for one in asked]
+    served = [one for one in stages_ms if one is not None]
+    ordered = sorted(one["ttft"] / 1000 for one in served)
     p50, p95, p99 = (percentile(ordered, share) for share in (0.5, 0.95, 0.99))
-    num_refused = len(waits) - len(ordered)
-    found = Figures(len(waits), len(ordered), num_refused, starts, p50, p95, p99, statistics.fmean(ordered))
-    return Replayed(found, late_s, waits)
+    means = {name: statistics.fmean(one[name] for one in served) / 1000 for name in STAGES}
+    found = Figures(
+        len(asked), len(served), len(asked) - len(served), starts, p50, p95, p99, statistics.fmean(ordered), means
+    )
+    return Replayed(found, max(one.late_s for one in asked), stages_ms)
 
 
-def simulated(segment: Segment, arrivals: list[Arrival], rates: Rates) -> Figures:
-    """Return the mean over phases of the host's second hand."""
+def stages_of(port: int, one: Asked) -> dict[str, float] | None:
+    """Return milliseconds by stage, from the client's clock and the usage record; None if it was refused."""
+    response = Response(one.exchange)
+    if response.status == 503:
+        return None
+    assert response.status == 200, (response.status, response.pieces[:1])
+    assert response.is_complete
+    found = REQUEST_ID.search(b"".join(data for _, data in one.exchange.received))
+    assert found is not None
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/usage/{found[1].decode()}") as answer:
+        record = json.load(answer)
+    ttft_ms = 1000 * (first_token_at(response) - one.sent_at)
+    wait_ms, prefill_ms = record["queue_ms"] + record["cold_start_ms"], record["prefill_ms"]
+    return {
+        "ttft": round(ttft_ms, 2), "host": round(ttft_ms - wait_ms - prefill_ms, 2), "wait": wait_ms,
+        "prefill": prefill_ms, "decode": record["decode_ms"],
+    }  # fmt: skip
+
+
+def simulated(segment: Segment, arrivals: list[Arrival], beside: list[Rates]) -> Figures:
+    """Return the mean over the rates that were measured beside the replay, and phases of the host's second hand."""
     warmth = Warmth.COLD if segment.sleep == "deep" else Warmth.LIGHT
     settings = FunctionSettings(
         "", idle_timeout_s=segment.idle_timeout_s, sleep=segment.sleep, max_context_tokens=CONTEXT  # type: ignore[arg-type]
     )  # fmt: skip
     results = [
         simulate(Plan(Place.OWN, warmth), arrivals, Conditions(settings, rates, read_prices(), seed=seed))
+        for rates in beside
         for seed in range(NUM_PHASES)
     ]
-    mean = {
-        name: statistics.fmean(getattr(one, name) for one in results)
-        for name in (
-            "num_served",
-            "num_refused",
-            "num_cold_starts",
-            "ttft_p50_s",
-            "ttft_p95_s",
-            "ttft_p99_s",
-            "mean_ttft_s",
-        )
-    }
-    return Figures(len(arrivals), **mean)
+    names = [name for name in Figures.__dataclass_fields__ if name not in ("num_requests", "mean_stages_s")]
+    mean = {name: statistics.fmean(getattr(one, name) for one in results) for name in names}
+    stages = {name: statistics.fmean(one.mean_stages_s[name] for one in results) for name in STAGES}
+    return Figures(len(arrivals), **mean, mean_stages_s=stages)
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def pair(segment: Segment, real: Replayed, simulation: Figures) -> dict[str, Any]:
+    """Return a replay beside its simulation."""
+    return {
+        "segment": segment.name, "held_out": segment.held_out, "latest_sending_ms": round(1000 * real.late_s, 1),
+        "measured": asdict(real.figures), "simulated": asdict(simulation),
+        "ratios": {name: getattr(simulation, name) / getattr(real.figures, name) for name in COMPARED},
+        "stages_ms": real.stages_ms,
+    }  # fmt: skip
+
+
+def summary(pairs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the medians over a segment's pairs."""
+    ratios = {name: sorted(one["ratios"][name] for one in pairs) for name in COMPARED}
+    middle = {name: statistics.median(found) for name, found in ratios.items()}
+    return {
+        "segment": pairs[0]["segment"], "held_out": pairs[0]["held_out"], "num_pairs": len(pairs),
+        "within_tolerance": all(abs(middle[name] - 1) <= TOLERANCE for name in JUDGED),
+        "num_pairs_within": sum(all(abs(one["ratios"][name] - 1) <= TOLERANCE for name in JUDGED) for one in pairs),
+        "median_ratio": middle, "least_ratio": {name: found[0] for name, found in ratios.items()},
+        "largest_ratio": {name: found[-1] for name, found in ratios.items()},
+    }  # fmt: skip
+
+
+def by_segment(pairs: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    found = [[one for one in pairs if one["segment"] == name] for name in SEGMENTS]
+    return [pairs for pairs in found if pairs]
+
+
+def table(pairs: list[dict[str, Any]]) -> str:
     """Return the comparison as Markdown."""
     lines = [
         "| Segment | | Requests | Refused | Replica starts | TTFT p50 ms | p95 ms | p99 ms |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for row in rows:
-        name = f"{row['segment']}{' (held out)' if row['held_out'] else ''}"
+    for found in by_segment(pairs):
+        whole = summary(found)
+        name = f"{whole['segment']}{' (held out)' if whole['held_out'] else ''}"
         for kind in ("measured", "simulated"):
-            one = row[kind]
-            ttft = " | ".join(f"{1000 * one[f'ttft_{p}_s']:.0f}" for p in ("p50", "p95", "p99"))
-            counts = f"{one['num_requests']} | {one['num_refused']:.0f} | {one['num_cold_starts']:.1f}"
-            lines.append(f"| {name} | {kind} | {counts} | {ttft} |")
-        errors = row["errors"]
-        marks = " | ".join(f"{errors[f'ttft_{p}_s']:+.0%}" for p in ("p50", "p95", "p99"))
-        lines.append(f"| | difference | | | {errors['num_cold_starts']:+.0%} | {marks} |")
+            ttft = " | ".join(f"{1000 * _median(found, kind, f'ttft_{p}_s'):.0f}" for p in ("p50", "p95", "p99"))
+            counts = f"{found[0][kind]['num_requests']} | {_median(found, kind, 'num_refused'):.0f}"
+            lines.append(f"| {name} | {kind} | {counts} | {_median(found, kind, 'num_cold_starts'):.1f} | {ttft} |")
+        marks = " | ".join(
+            _spread(whole, name) for name in ("num_cold_starts", "ttft_p50_s", "ttft_p95_s", "ttft_p99_s")
+        )
+        lines.append(f"| | simulated / measured, {whole['num_pairs']} pairs | | | {marks} |")
     return "\n".join(lines)
 
 
-def compare(segment: Segment, real: Replayed, simulation: Figures) -> dict[str, Any]:
-    pairs = {
-        name: (getattr(real.figures, name), getattr(simulation, name))
-        for name in (*JUDGED, "ttft_p99_s", "mean_ttft_s")
-    }
-    errors = {name: found / wanted - 1 if wanted else float(found != wanted) for name, (wanted, found) in pairs.items()}
-    within = all(abs(errors[name]) <= TOLERANCE for name in JUDGED)
-    return {"segment": segment.name, "held_out": segment.held_out, "within_tolerance": within,
-            "latest_sending_ms": round(1000 * real.late_s, 1), "measured": asdict(real.figures),
-            "simulated": asdict(simulation), "errors": errors,
-            "ttft_ms": [None if wait is None else round(1000 * wait, 1) for wait in real.waits_s]}  # fmt: skip
+def stages_table(pairs: list[dict[str, Any]]) -> str:
+    """Return where the time went as Markdown."""
+    lines = [f"| Mean ms | {' | '.join(STAGES)} |", f"|---|{'---|' * len(STAGES)}"]
+    for found in by_segment(pairs):
+        for kind in ("measured", "simulated"):
+            means = [statistics.median(one[kind]["mean_stages_s"][name] for one in found) for name in STAGES]
+            lines.append(f"| {found[0]['segment']}, {kind} | {' | '.join(f'{1000 * mean:.1f}' for mean in means)} |")
+    return "\n".join(lines)
+
+
+def _median(pairs: list[dict[str, Any]], kind: str, name: str) -> float:
+    return statistics.median(one[kind][name] for one in pairs)
+
+
+def _spread(whole: dict[str, Any], name: str) -> str:
+    middle, least, largest = (whole[f"{which}_ratio"][name] for which in ("median", "least", "largest"))
+    return f"{middle:.2f} ({least:.2f}–{largest:.2f})"
 
 
 def main() -> None:
@@ -246,21 +323,26 @@ def main() -> None:
     parser.add_argument("--traces", type=Path, required=True)
     parser.add_argument("--segments", nargs="+", choices=SEGMENTS, default=list(SEGMENTS))
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rates", type=Path, help="Rates measured before, instead of now.")
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--onto", type=Path, help="An earlier run's --out, whose pairs are kept.")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    rates = json.loads(args.rates.read_text()) if args.rates else Bench(args.artifact, args.threads).rates()
-    typed = msgspec.convert(rates, Rates)
-    rows = []
-    for segment in (SEGMENTS[name] for name in args.segments):
+    bench = Bench(args.artifact, args.threads)
+    earlier = json.loads(args.onto.read_text()) if args.onto else {"pairs": [], "rates": []}
+    pairs, all_rates = earlier["pairs"], [bench.rates()]
+    for segment in [SEGMENTS[name] for name in args.segments] * args.repeats:
         arrivals = read_trace(args.traces / segment.trace, segment.scaling)
         real = measured(args.artifact, segment, arrivals, args.threads)
-        rows.append(compare(segment, real, simulated(segment, arrivals, typed)))
-    print(table(rows))
+        all_rates.append(bench.rates())
+        beside = [msgspec.convert(one, Rates) for one in all_rates[-2:]]
+        pairs.append(pair(segment, real, simulated(segment, arrivals, beside)))
+        print(segment.name, {name: round(ratio, 2) for name, ratio in pairs[-1]["ratios"].items()}, flush=True)
+    print(f"{table(pairs)}\n\n{stages_table(pairs)}")
     if args.out is not None:
-        report = {"machine": describe_machine(args.threads), "rows": rows, "rates": rates}
+        report = {"machine": describe_machine(args.threads), "summary": [summary(one) for one in by_segment(pairs)],
+                  "pairs": pairs, "rates": earlier["rates"] + all_rates}  # fmt: skip
         args.out.write_text(json.dumps(report) + "\n")
-        args.out.with_suffix(".md").write_text(table(rows) + "\n")
+        args.out.with_suffix(".md").write_text(f"{table(pairs)}\n\n{stages_table(pairs)}\n")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ STEPS = StepRates(
     ],
     step_overhead_ms=0.5,
     row_overhead_ms=0.1,
+    after_prefill_factor=1.5,
 )
 RATES = Rates(
     artifact=ArtifactSize("round", "", 1024, 100_000_000, 10_000),

@@ -194,3 +194,12 @@ def test_nobody_served_is_no_number() -> None:
     assert not math.isnan(result.cost)
     assert isinstance(result, Result)
     assert RATES.artifact.name == "round"
+
+
+@pytest.mark.parametrize("place", [Place.OWN, Place.LAMBDA])
+def test_the_stages_of_a_first_token_are_all_of_its_time(place: Place) -> None:
+    result = simulate(Plan(place, Warmth.COLD), bursts(200, seed=3), conditions())
+    stages = result.mean_stages_s
+    assert result.num_served == result.num_requests
+    assert stages["host"] + stages["wait"] + stages["prefill"] == pytest.approx(result.mean_ttft_s)
+    assert min(stages.values()) > 0

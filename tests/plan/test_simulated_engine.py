@@ -105,7 +105,7 @@ def test_a_lone_request_takes_what_was_measured() -> None:
     overhead_s = 0.0006
     prefill_s = (2 + 64) / 1000 + overhead_s
     assert watched.first["0"] == pytest.approx(prefill_s)
-    steps_s = (12 + 256 / 200) / 1000 + (12 + 257 / 200) / 1000 + 2 * overhead_s
+    steps_s = 1.5 * (12 + 256 / 200) / 1000 + (12 + 257 / 200) / 1000 + 2 * overhead_s  # the first behind the prompt
     assert watched.ended["0"] == pytest.approx(prefill_s + steps_s)
 
 

@@ -134,19 +134,23 @@ def prefill_times(session: OnnxSession, chunks: list[tuple[int, int]], rounds: i
 def decode_times(
     session: OnnxSession, batches: tuple[int, ...], contexts: tuple[int, ...], rounds: int
 ) -> dict[DecodeGraph, dict[tuple[int, int], float]]:
-    """Return the seconds of a decode step by graph, rows, and the tokens before each row; graphs alternate."""
+    """Return the seconds of a decode step by graph, rows, and the tokens before each row.
+
+    Every round is of all of them: a processor that is slower for some seconds is so to each alike.
+    """
     graphs = [DecodeGraph.MAIN, *([DecodeGraph.BATCH] if session.has_batch_graph else [])]
-    found: dict[DecodeGraph, dict[tuple[int, int], float]] = {graph: {} for graph in graphs}
-    for rows, context in ((rows, context) for rows in batches for context in contexts):
-        times: dict[DecodeGraph, list[float]] = {graph: [] for graph in graphs}
-        for _ in range(rounds + 1):
-            for graph in graphs:
-                for _ in range(2):  # the first run after another graph's finds its weights out of the processor's cache
-                    session.decode(np.full(rows, 1), np.full(rows, context), graph)
-                times[graph].append(session.run_s)
-        for graph in graphs:
-            found[graph][rows, context] = statistics.median(times[graph][1:])
-    return found
+    cells = [(graph, rows, context) for rows in batches for context in contexts for graph in graphs]
+    times: dict[tuple[DecodeGraph, int, int], list[float]] = {cell: [] for cell in cells}
+    for _ in range(rounds + 1):
+        for (graph, rows, context), seconds in times.items():
+            for _ in range(2):  # the first run after another kind finds its weights out of the processor's cache
+                session.decode(np.full(rows, 1), np.full(rows, context), graph)
+            seconds.append(session.run_s)
+    return {
+        graph: {(rows, context): statistics.median(times[graph, rows, context][1:])
+                for rows in batches for context in contexts}
+        for graph in graphs
+    }  # fmt: skip
 
 
 def _prompt(seed: int, length: int = PROMPT_TOKENS) -> tuple[int, ...]:

@@ -9,15 +9,16 @@ from typing import Any
 
 import msgspec
 
-from pilotlight.artifact import open_artifact
+from pilotlight.artifact import PREFILL_GRAPH, open_artifact
 from pilotlight.config import HostSettings
 from pilotlight.engine import profile
 from pilotlight.engine.pace import Pace
 from pilotlight.engine.profile import PROMPT_TOKENS, StepProfile
 from pilotlight.engine.session import ALL_GRAPHS, OnnxSession, quickest_graphs
-from pilotlight.host.mix_bench import mix_factor
+from pilotlight.host.mix_bench import after_prefill_factor
+from pilotlight.host.mixed_load import Speeds
 from pilotlight.host.rates import ArtifactSize, ChunkTime, Rates, StepRates, StepTime
-from pilotlight.host.service_bench import ServiceBench, Speeds
+from pilotlight.host.service_bench import ServiceBench
 from pilotlight.host.sizing import num_cores, weights_bytes
 from pilotlight.request import SamplingParams
 
@@ -34,7 +35,7 @@ OVERHEAD_STREAMS = (1, 8)
 OVERHEAD_STEPS = 60
 MIXED_SLOTS = 8
 GREEDY = SamplingParams(temperature=0.0)
-ROUNDS = 5
+ROUNDS = 7
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +72,15 @@ class Bench:
         longest = artifact.manifest.shapes.max_context_tokens
         quickest = quickest_graphs(artifact.manifest)
         lean_session = self._session(max(BATCHES), MEASURED_TOKENS, 1, quickest)
-        lean = self._step_rates(lean_session, 1, quickest, longest)
-        begun_at = time.monotonic()
-        whole_session = self._session(max(BATCHES), MEASURED_TOKENS, self.threads, ALL_GRAPHS, lean_session)
-        grow_ms = 1000 * (time.monotonic() - begun_at)
-        whole = self._step_rates(whole_session, self.threads, ALL_GRAPHS, longest)
-        kv_bytes_per_token = whole_session.kv_bytes_per_token
-        del lean_session, whole_session
+        lean = whole = self._step_rates(lean_session, 1, quickest, longest)
+        grow_ms, kv_bytes_per_token = 0.0, lean_session.kv_bytes_per_token
+        if self.threads > 1 or PREFILL_GRAPH in artifact.manifest.files:
+            begun_at = time.monotonic()
+            whole_session = self._session(max(BATCHES), MEASURED_TOKENS, self.threads, ALL_GRAPHS, lean_session)
+            grow_ms = 1000 * (time.monotonic() - begun_at)
+            whole = self._step_rates(whole_session, self.threads, ALL_GRAPHS, longest)
+            del whole_session
+        del lean_session
         served = ServiceBench(artifact, self.threads, self.cache_dir).measure(Speeds(lean, whole))
         rates = Rates(
             artifact=ArtifactSize(
@@ -119,7 +122,8 @@ class Bench:
             row_overhead_ms=round(row_ms, 4),
         )
         mixed = self._session(MIXED_SLOTS, room, num_threads, graphs)
-        return msgspec.structs.replace(rates, mix_factor=round(mix_factor(mixed, rates, room), 4))
+        factor = after_prefill_factor(mixed, rates, room)
+        return msgspec.structs.replace(rates, after_prefill_factor=round(factor, 4))
 
     def _session(
         self,

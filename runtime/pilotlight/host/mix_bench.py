@@ -1,9 +1,10 @@
-"""What a mix of prompts and answers takes more than its parts, measured one by one, would take together."""
+"""How much longer a decode run takes behind a prompt's, in an engine that reads prompts between its answers' steps."""
 
 from __future__ import annotations
 
 import random
 import threading
+from dataclasses import dataclass
 from typing import Any, cast
 
 from pilotlight.engine.engine import Engine, Event
@@ -19,33 +20,52 @@ MAX_NEW_TOKENS = 40
 VOCABULARY = range(3, 400)
 
 
+@dataclass
+class _Tally:
+    """How long runs of one kind took, and how long they were to take."""
+
+    found_s: float = 0.0
+    expected_s: float = 0.0
+
+    @property
+    def factor(self) -> float:
+        return self.found_s / self.expected_s if self.expected_s else 1.0
+
+
 class _Tallied:
-    """A session which notes how long its runs took, and how long they were to take."""
+    """A session which notes how long its prompts took, and the decode runs right behind them."""
 
     def __init__(self, session: OnnxSession, times: StepTimes) -> None:
         self._session, self._times = session, times
-        self.found_s = self.expected_s = 0.0
+        self._has_prefilled = False
+        self.prompts, self.behind_prompts = _Tally(), _Tally()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._session, name)
 
     def prefill(self, slot: int, token_ids: Any, past_tokens: int) -> Any:
         logits = self._session.prefill(slot, token_ids, past_tokens)
-        self._note(self._times.prefill_s(len(token_ids), past_tokens))
+        self._note(self.prompts, self._times.prefill_s(len(token_ids), past_tokens))
+        self._has_prefilled = True
         return logits
 
     def decode(self, token_ids: Any, past_tokens: Any, graph: DecodeGraph = DecodeGraph.MAIN) -> Any:
         logits = self._session.decode(token_ids, past_tokens, graph)
-        self._note(self._times.decode_s(graph, len(token_ids), float(past_tokens.mean())))
+        if self._has_prefilled:
+            self._note(self.behind_prompts, self._times.decode_s(graph, len(token_ids), float(past_tokens.mean())))
+        self._has_prefilled = False
         return logits
 
-    def _note(self, expected_s: float) -> None:
-        self.found_s += self._session.run_s
-        self.expected_s += expected_s
+    def _note(self, tally: _Tally, expected_s: float) -> None:
+        tally.found_s += self._session.run_s
+        tally.expected_s += expected_s
 
 
-def mix_factor(session: OnnxSession, rates: StepRates, max_context_tokens: int) -> float:
-    """Return how many times as long as expected the runs of a busy engine take, prompts and answers of all lengths."""
+def after_prefill_factor(session: OnnxSession, rates: StepRates, max_context_tokens: int) -> float:
+    """Return how many times as long decode runs behind a prompt's take.
+
+    The prompts beside them say how quick the processor was meanwhile.
+    """
     tallied = _Tallied(session, StepTimes(rates))
     ended = threading.Semaphore(0)
 
@@ -62,7 +82,7 @@ def mix_factor(session: OnnxSession, rates: StepRates, max_context_tokens: int) 
             ended.acquire()
     finally:
         engine.close()
-    return tallied.found_s / tallied.expected_s
+    return max(1.0, tallied.behind_prompts.factor / tallied.prompts.factor)
 
 
 def _mix(max_context_tokens: int) -> list[Sequence]:

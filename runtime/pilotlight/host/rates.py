@@ -29,8 +29,8 @@ class ChunkTime(msgspec.Struct, frozen=True):
 class StepRates(msgspec.Struct, frozen=True):
     """A session's runs, and what the engine takes around them for each step and for each row of it.
 
-    Each kind of run was measured again and again. In a mix they take ``mix_factor`` times as long: every one finds the
-    processor's caches full of what another left there.
+    Each kind of run was measured again and again. A decode run behind a prompt's takes ``after_prefill_factor`` times
+    as long: it finds the processor's caches full of what the prompt left there.
     """
 
     num_threads: int
@@ -38,7 +38,7 @@ class StepRates(msgspec.Struct, frozen=True):
     prefill: list[ChunkTime]
     step_overhead_ms: float = 0.0
     row_overhead_ms: float = 0.0
-    mix_factor: float = 1.0
+    after_prefill_factor: float = 1.0
 
 
 class StartRates(msgspec.Struct, frozen=True):
@@ -64,11 +64,12 @@ class HostRates(msgspec.Struct, frozen=True):
     ``request_ms + prompt_tokens · prompt_token_ms`` of waiting in all. The event loop is busy for ``request_busy_ms``
     with each request, and for ``token_busy_ms`` with each token that streams.
 
-    A replica that serves is slower than its session alone: others use the processor and its caches in between, and what
-    a step gives is sent to the host. A decode step takes ``step_ms`` and ``row_ms`` for each row more. A prompt takes
-    ``prefill_factor`` times as long, and ``idle_prefill_factor`` times where the replica was idle before it: then the
-    processor's clock, its caches and its scheduler have to wake up, too. While the event loop works, the replica takes
-    ``crowded_factor`` times as long: cores share their caches, their memory, and often their units.
+    A replica that serves is slower than its session alone: it works now and then, so that the processor is seldom at
+    its fastest, others use it and its caches in between, and what a step gives is sent to the host. A decode step
+    takes ``step_ms`` and ``row_ms`` for each row more, or less. A prompt takes ``prefill_factor`` times as long, and
+    ``idle_prefill_factor`` times where the replica was idle before it: then the processor's clock, its caches and its
+    scheduler have to wake up, too. While the event loop works, the replica takes ``crowded_factor`` times as long:
+    cores share their caches, their memory, and often their units.
     """
 
     request_ms: float = 0.0

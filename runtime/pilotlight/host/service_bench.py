@@ -1,7 +1,8 @@
 """What a host adds to an artifact's own speed: starts out of both sleeps, its share of the first token's time.
 
 A real server is started on a free port of loopback, with one function that stays awake and two that fall asleep at
-once, and asked over HTTP, one request at a time. What its answers took beyond the session's own runs is the host's.
+once, and asked over HTTP: in a mixture as functions have it, and in bursts. What its answers took beyond the session's
+own runs is the host's.
 """
 
 from __future__ import annotations
@@ -21,22 +22,21 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from pilotlight.artifact import Artifact
-from pilotlight.engine.pace import Pace
 from pilotlight.engine.profile import PROMPT_TOKENS
 from pilotlight.errors import StartFailed
 from pilotlight.host.memory import private_bytes
-from pilotlight.host.rates import HostRates, StartRates, StepRates
-from pilotlight.host.step_times import StepTimes
+from pilotlight.host.mixed_load import Answer, Asked, MixFindings, Speeds, mixed_load
+from pilotlight.host.rates import HostRates, StartRates
 from pilotlight.scratch import scratch
 
-ROUNDS = 9
+ROUNDS = 3
 WAKINGS = 4
-NUM_BUSY = 24
+NUM_BUSY = 16
+NUM_COUNTED = 32
 STREAMED_TOKENS = 48
 NUM_STREAMS = 8
 STREAM_ROUNDS = 5
@@ -45,35 +45,6 @@ PAUSE_S = 0.05
 
 READ_BYTES = 1 << 16
 AWAKE, LIGHT, DEEP = "awake", "light", "deep"
-
-
-@dataclass(frozen=True)
-class Speeds:
-    """The session's own speed, as a replica begins and as it goes on."""
-
-    lean: StepRates
-    whole: StepRates
-
-    @cached_property
-    def _lean_times(self) -> StepTimes:
-        return StepTimes(self.lean)
-
-    @cached_property
-    def _times(self) -> StepTimes:
-        return StepTimes(self.whole)
-
-    def prompt_ms(self, num_tokens: int) -> float:
-        """Return what the engine takes for a prompt, read in one chunk."""
-        return 1000 * (self._times.prefill_s(num_tokens, 0) + self._times.overhead_s(1))
-
-    def first_prompt_ms(self, num_tokens: int) -> float:
-        """Return the same for a replica that has just begun, but for its being cold."""
-        return 1000 * (self._lean_times.prefill_s(num_tokens, 0) + self._lean_times.overhead_s(1))
-
-    def step_ms(self, num_rows: int) -> float:
-        """Return what the engine takes for a decode step behind the bench's usual prompt."""
-        graph = Pace(has_batch_graph="batch" in self._times.decode_lines).graph_for(num_rows)
-        return 1000 * (self._times.decode_s(graph, num_rows, PROMPT_TOKENS) + self._times.overhead_s(num_rows))
 
 
 @dataclass(frozen=True)
@@ -86,11 +57,15 @@ class Served:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """One stream: milliseconds to its first piece, and its usage record."""
+class Streamed:
+    """One stream, whose usage nobody has read yet."""
 
+    num_prompt_tokens: int
+    num_new_tokens: int
+    sent_at: float
     first_ms: float
-    record: dict[str, Any]
+    ended_at: float
+    request_id: str
 
 
 @dataclass
@@ -117,44 +92,63 @@ class ServiceBench:
         return Served(starts, host, replica_bytes)
 
     def _host_rates(self, port: int, pid: int, speeds: Speeds) -> HostRates:
-        sizes = [one.tokens for one in speeds.whole.prefill if not one.past_tokens and one.tokens < self._context]
-        short, long = sizes[0], max(size for size in sizes if size <= 256)
-        beside_ms: dict[int, list[float]] = {short: [], long: []}
-        idle_factors = []
-        for _ in range(ROUNDS):
-            for size, found in beside_ms.items():
-                time.sleep(PAUSE_S)
-                answer = self._ask(port, AWAKE, size, 1)
-                found.append(answer.first_ms - answer.record["prefill_ms"])
-            idle_factors.append(answer.record["prefill_ms"] / speeds.prompt_ms(long))
-        at_short, at_long = (statistics.median(found) for found in beside_ms.values())
-        per_token = max(0.0, (at_long - at_short) / (long - short))
+        answers = self._mixed(port, speeds)
         one_token_ms, many_tokens_ms = (self._busy_ms(port, pid, count) for count in (1, STREAMED_TOKENS))
         token_busy_ms = max(0.0, (many_tokens_ms - one_token_ms) / (STREAMED_TOKENS - 1))
-        alone_ms, beside_others_ms = (self._slower_ms(port, speeds, rows) for rows in (1, NUM_STREAMS))
-        busy_factor = self._busy_factor(port, speeds, long)
-        row_ms = max(0.0, (beside_others_ms - alone_ms) / (NUM_STREAMS - 1))
+        beside_others_ms = self._slower_ms(port, speeds, NUM_STREAMS)
+        crowded_factor = self._crowded_factor(port, min(256, self._context - 1))
+        found = MixFindings.of(answers + self._mixed(port, speeds), speeds)
+        row_ms = (beside_others_ms - found.step_ms) / (NUM_STREAMS - 1)
         return HostRates(
-            request_ms=round(max(0.0, at_short - per_token * short), 3),
-            prompt_token_ms=round(per_token, 5),
+            request_ms=round(found.request_ms, 3),
+            prompt_token_ms=round(found.prompt_token_ms, 5),
             request_busy_ms=round(max(0.0, one_token_ms - token_busy_ms), 3),
             token_busy_ms=round(token_busy_ms, 4),
-            prefill_factor=round(busy_factor, 4),
-            crowded_factor=round(max(1.0, self._crowded_factor(port, speeds, long) / busy_factor), 4),
-            idle_prefill_factor=round(statistics.median(idle_factors), 4),
-            step_ms=round(max(0.0, alone_ms - row_ms), 4),
+            prefill_factor=round(found.prefill_factor, 4),
+            crowded_factor=round(crowded_factor, 4),
+            idle_prefill_factor=round(found.idle_prefill_factor, 4),
+            step_ms=round(found.step_ms - row_ms, 4),
             row_ms=round(row_ms, 4),
         )
 
-    def _busy_factor(self, port: int, speeds: Speeds, size: int) -> float:
-        """Return how much longer a prompt takes in the middle of others than in the engine alone."""
-        with ThreadPoolExecutor(NUM_STREAMS) as streams:
-            asked = [streams.submit(self._ask, port, AWAKE, size, 1) for _ in range(NUM_BUSY)]
-        found: list[float] = [one.result().record["prefill_ms"] / speeds.prompt_ms(size) for one in asked]
-        return statistics.median(found)
+    def _mixed(self, port: int, speeds: Speeds) -> list[Answer]:
+        """Ask as functions are asked; the usage is read when all is over, since reading it is work for the server."""
+        load = mixed_load(speeds, self._context, self._random)
+        begun_at = time.perf_counter()
 
-    def _crowded_factor(self, port: int, speeds: Speeds, size: int) -> float:
-        """Return the same while the server answers, without a pause, requests that are no replica's business."""
+        def ask(one: Asked) -> Streamed:
+            time.sleep(max(0.0, begun_at + one.at_s - time.perf_counter()))
+            return self._stream(port, AWAKE, one.num_prompt_tokens, one.num_new_tokens)
+
+        with ThreadPoolExecutor(len(load)) as clients:
+            streams = list(clients.map(ask, load))
+        return [self._answer(port, one) for one in streams]
+
+    def _burst(self, port: int, num_prompt_tokens: int, num_new_tokens: int, num_requests: int) -> list[Answer]:
+        """Ask for so many answers, ``NUM_STREAMS`` of them at a time."""
+        with ThreadPoolExecutor(NUM_STREAMS) as clients:
+            asked = [
+                clients.submit(self._stream, port, AWAKE, num_prompt_tokens, num_new_tokens)
+                for _ in range(num_requests)
+            ]
+        return [self._answer(port, one.result()) for one in asked]
+
+    def _crowded_factor(self, port: int, size: int) -> float:
+        """Return how many times as long prompts take while the server answers, without a pause, requests that are no
+        replica's business.
+        """
+        plain_ms = flooded_ms = 0.0
+        for _ in range(ROUNDS):
+            plain_ms += self._prompts_ms(port, size)
+            with self._flood(port):
+                flooded_ms += self._prompts_ms(port, size)
+        return max(1.0, flooded_ms / plain_ms)
+
+    def _prompts_ms(self, port: int, size: int) -> float:
+        return float(sum(one.record["prefill_ms"] for one in self._burst(port, size, 1, NUM_BUSY)))
+
+    @contextlib.contextmanager
+    def _flood(self, port: int) -> Iterator[None]:
         ended = threading.Event()
 
         def flood() -> None:
@@ -164,29 +158,28 @@ class ServiceBench:
         with ThreadPoolExecutor(1) as flooding:
             flooded = flooding.submit(flood)
             try:
-                return self._busy_factor(port, speeds, size)
+                yield
             finally:
                 ended.set()
                 flooded.result()
 
     def _slower_ms(self, port: int, speeds: Speeds, num_streams: int) -> float:
         """Return how much longer a decode step of so many streams takes than in the engine alone."""
-        length = 128 - STREAMED_TOKENS // 2
+        length = PROMPT_TOKENS - STREAMED_TOKENS // 2
         found: list[float] = []
         for _ in range(STREAM_ROUNDS):
             time.sleep(PAUSE_S)
-            with ThreadPoolExecutor(num_streams) as streams:
-                asked = [streams.submit(self._ask, port, AWAKE, length, STREAMED_TOKENS) for _ in range(num_streams)]
+            answers = self._burst(port, length, STREAMED_TOKENS, num_streams)
             # prompts were read between the first steps of some; the last to begin had none beside it
-            found.append(min(one.result().record["decode_ms"] for one in asked) / (STREAMED_TOKENS - 1))
+            found.append(min(one.record["decode_ms"] for one in answers) / (STREAMED_TOKENS - 1))
         return statistics.median(found) - speeds.step_ms(num_streams)
 
     def _busy_ms(self, port: int, pid: int, num_tokens: int) -> float:
         """Return the processor time that the server itself spends on a request."""
         before_s = _processor_s(pid)
-        for _ in range(NUM_BUSY):
-            self._ask(port, AWAKE, 64, num_tokens)
-        return 1000 * (_processor_s(pid) - before_s) / NUM_BUSY
+        for _ in range(NUM_COUNTED):
+            self._stream(port, AWAKE, 64, num_tokens)
+        return 1000 * (_processor_s(pid) - before_s) / NUM_COUNTED
 
     def _start_rates(self, port: int, speeds: Speeds, host: HostRates) -> StartRates:
         starts: dict[str, list[float]] = {LIGHT: [], DEEP: []}
@@ -228,6 +221,13 @@ class ServiceBench:
             time.sleep(0.02)
 
     def _ask(self, port: int, name: str, num_prompt_tokens: int, num_new_tokens: int) -> Answer:
+        return self._answer(port, self._stream(port, name, num_prompt_tokens, num_new_tokens))
+
+    def _answer(self, port: int, one: Streamed) -> Answer:
+        record = _get(port, f"/v1/usage/{one.request_id}")
+        return Answer(one.num_prompt_tokens, one.num_new_tokens, one.sent_at, one.first_ms, one.ended_at, record)
+
+    def _stream(self, port: int, name: str, num_prompt_tokens: int, num_new_tokens: int) -> Streamed:
         ids = self._random.choices(range(3, min(400, self.artifact.manifest.shapes.vocab_size)), k=num_prompt_tokens)
         body = {"model": name, "prompt": ids, "max_tokens": num_new_tokens, "stream": True, "temperature": 0,
                 "ignore_eos": True, "return_token_ids": True}  # fmt: skip
@@ -247,7 +247,8 @@ class ServiceBench:
         request_id = re.search(rb"(?i)x-request-id: (\S+)", received)
         if first_at is None or request_id is None:
             raise StartFailed(f"the server answers {bytes(received[:200])!r}")
-        return Answer(1000 * (first_at - sent_at), _get(port, f"/v1/usage/{request_id[1].decode()}"))
+        first_ms, ended_at = 1000 * (first_at - sent_at), time.perf_counter()
+        return Streamed(num_prompt_tokens, num_new_tokens, sent_at, first_ms, ended_at, request_id[1].decode())
 
     @contextlib.contextmanager
     def _server(self) -> Iterator[tuple[subprocess.Popen[str], int]]:

@@ -50,8 +50,8 @@ class StepTimes:
 
     def __init__(self, rates: StepRates, speed: float = 1.0, host: HostRates = ALONE) -> None:
         """``speed``: how many times as fast the machine is as the measured one. ``host``: what serving adds."""
-        self._scale = 0.001 * rates.mix_factor / speed
-        self._scale_around = 0.001 / speed
+        self._scale = 0.001 / speed
+        self._after_prefill = max(0.0, rates.after_prefill_factor - 1)
         self.decode_lines = {
             graph: _lines([(one.rows, one.context_tokens, one.ms) for one in rates.decode if one.graph == graph])
             for graph in sorted({one.graph for one in rates.decode})
@@ -68,8 +68,14 @@ class StepTimes:
     def decode_s(self, graph: DecodeGraph, num_rows: int, context_tokens: float, num_steps: int = 1) -> float:
         """Return the seconds of so many decode steps in a row, the first at a mean context of so many tokens."""
         a, b = self.decode_line(graph, num_rows)
-        a += self._host.step_ms + self._host.row_ms * num_rows
+        a = max(a / 2, a + self._host.step_ms + self._host.row_ms * num_rows)
         return (num_steps * (a + b * context_tokens) + b * num_steps * (num_steps - 1) / 2) * self._scale
+
+    def after_prefill_s(self, graph: DecodeGraph, num_rows: int, context_tokens: float, num_steps: int = 1) -> float:
+        """Return how many seconds longer as many decode steps take where each comes behind a prompt's run."""
+        a, b = self.decode_line(graph, num_rows)
+        steps = num_steps * (a + b * context_tokens) + b * num_steps * (num_steps - 1) / 2
+        return steps * self._after_prefill * self._scale
 
     def prefill_s(self, chunk_tokens: int, past_tokens: int, num_steps: int = 1) -> float:
         """Return the seconds of so many chunks in a row, the first behind so many tokens."""
@@ -87,7 +93,7 @@ class StepTimes:
 
     def overhead_s(self, num_rows: int) -> float:
         """Return what a step takes outside the graphs, for so many rows of decode and prefill together."""
-        return (self._overhead[0] + self._overhead[1] * num_rows) * self._scale_around
+        return (self._overhead[0] + self._overhead[1] * num_rows) * self._scale
 
     def _decode_line(self, graph: DecodeGraph, num_rows: int) -> Line:
         lines = self.decode_lines.get(graph.value) or self.decode_lines[DecodeGraph.MAIN.value]

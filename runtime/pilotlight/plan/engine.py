@@ -94,6 +94,7 @@ class SimulatedEngine:
         self._first_run_s = self._first_token_s = 0.0
         self._first_prompt_is_read = False
         self._woken: SimulatedActive | None = None
+        self._has_prefilled = False
         self._seen_s = 0.0
 
     def submit(self, sequence: Sequence) -> None:
@@ -160,23 +161,30 @@ class SimulatedEngine:
     def _begin(self, plan: StepPlan) -> Run:
         times, now = self._times, self._agenda.now
         first_s, more_s, num_rows = 0.0, 0.0, len(plan.decode)
+        num_steps = self._num_alike(plan)
         if num_rows:
             context = sum(active.num_cached for active in plan.decode) / num_rows
             rows = num_rows + (plan.padding is not None)
             first_s = times.decode_s(plan.graph, rows, context)
             more_s = times.decode_s(plan.graph, rows, context, 2) - 2 * first_s
+            if self._has_prefilled:
+                late_s = times.after_prefill_s(plan.graph, rows, context)
+                first_s += late_s
+                more_s += times.after_prefill_s(plan.graph, rows, context, 2) - 2 * late_s
+            if self._has_prefilled is (plan.prefill is None):
+                num_steps = 1  # the next one comes behind another kind of run
+        self._has_prefilled = plan.prefill is not None
         if (chunk := plan.prefill) is not None:
             active = chunk.active
             assert isinstance(active, SimulatedActive)
             if active.began_at is None:
-                active.began_at = now
+                active.began_at = now + first_s
             factor = times.waking_up if active is self._woken else 1.0
             chunk_s = times.prefill_s(chunk.num_tokens, chunk.past_tokens)
             first_s += factor * chunk_s
             if chunk.past_tokens:
                 more_s += factor * (times.prefill_s(chunk.num_tokens, chunk.past_tokens, 2) - 2 * chunk_s)
         first_s += times.overhead_s(num_rows + (chunk is not None))
-        num_steps = self._num_alike(plan)
         if (cold_s := self._cold_s(chunk)) > 0:
             first_s, num_steps = first_s + cold_s, 1
         if self._desk is not None and self._desk.crowding:

@@ -25,7 +25,10 @@ class SpotFigures(msgspec.Struct, frozen=True):
 
 
 class Result(msgspec.Struct, frozen=True):
-    """What a plan costs and how it serves. Times to first token are of those that were served, None if nobody was."""
+    """What a plan costs and how it serves. Times to first token are of those that were served, None if nobody was.
+
+    ``mean_stages_s`` says where a served request's time went: `plan.outcomes.STAGES`.
+    """
 
     plan: str
     cost: float
@@ -42,6 +45,7 @@ class Result(msgspec.Struct, frozen=True):
     ttft_p95_s: float | None
     ttft_p99_s: float | None
     mean_ttft_s: float | None
+    mean_stages_s: dict[str, float]
     mean_queued: float
     max_queued: int
     mean_slots_used: float
@@ -83,6 +87,7 @@ class Result(msgspec.Struct, frozen=True):
             ttft_p95_s=_or_none(percentile(ttft_s, 0.95)),
             ttft_p99_s=_or_none(percentile(ttft_s, 0.99)),
             mean_ttft_s=sum(ttft_s) / len(ttft_s) if ttft_s else None,
+            mean_stages_s=outcomes.mean_stages_s(),
             mean_queued=sum(one.num_queued for one in samples) / len(samples),
             max_queued=max(one.num_queued for one in samples),
             mean_slots_used=sum(one.num_running for one in samples) / len(samples),

@@ -129,6 +129,7 @@ class _Run:
         arrival = self._arrivals[number]
         prompt = Prompt.of(number, arrival)
         self._num_entered += 1
+        self.outcomes.entered(number)
         self._fleet.submit(Sequence(str(number), prompt, arrival.num_new_tokens, tenant=arrival.tenant))
 
     def _sample(self) -> None:
