@@ -6,7 +6,7 @@
 Every segment is sent to a real `pilotlight serve` on loopback, which sleeps and wakes meanwhile, each request at its
 own time whatever became of the others. Right before and right after each replay the artifact's rates are measured, as
 `pilotlight bench --rates` does, and the segment is simulated with both, at several phases of the host's second hand,
-of which the replay had one by chance. Nothing is fitted to the replay: what the simulation knows are the rates, the
+of which the replay had one. Nothing is fitted to the replay: what the simulation knows are the rates, the
 trace and the configuration.
 
 Machines change their speed by more than the planner is to be wrong, so that one replay says little: `--repeats` replays
@@ -50,6 +50,7 @@ from pilotlight.plan.trace import Arrival, Scaling, read_trace
 CODE, CHAT = "AzureLLMInferenceTrace_code.csv", "mooncake_conversation_trace.jsonl"
 CONTEXT = 512
 NUM_PHASES = 6
+GOLDEN = 0.618034
 TOLERANCE = 0.2
 JUDGED = ("ttft_p50_s", "ttft_p95_s", "num_cold_starts")
 COMPARED = (*JUDGED, "ttft_p99_s", "mean_ttft_s")
@@ -126,9 +127,9 @@ class Asked:
     exchange: Exchange
 
 
-def replay(port: int, arrivals: list[Arrival]) -> list[Asked]:
-    """Send all requests, each at its time. What comes is read as HTTP when all is over: the client shares the cores
-    with the server.
+def replay(port: int, arrivals: list[Arrival], after_s: float) -> list[Asked]:
+    """Send all requests, each at its time, the first after so long. What comes is read as HTTP when all is over: the
+    client shares the cores with the server.
     """
     prepared = bodies(arrivals)
 
@@ -145,7 +146,7 @@ def replay(port: int, arrivals: list[Arrival]) -> list[Asked]:
         return Asked(sent_at - due_at, sent_at, ours)
 
     async def ask_all() -> list[Asked]:
-        begun_at = time.monotonic() + 0.5
+        begun_at = time.monotonic() + after_s
         return list(await asyncio.gather(*(ask(number, begun_at) for number in range(len(arrivals)))))
 
     return uvloop.run(ask_all())
@@ -199,9 +200,12 @@ class Replayed:
     stages_ms: list[dict[str, float] | None]
 
 
-def measured(artifact: Path, segment: Segment, arrivals: list[Arrival], num_threads: int) -> Replayed:
+def measured(artifact: Path, segment: Segment, arrivals: list[Arrival], num_threads: int, number: int) -> Replayed:
+    """Replay a segment for the ``number``th time: how many replicas start hangs on when the host's clock ticks, so that
+    every time has another distance from it.
+    """
     with server(artifact, segment, num_threads) as port:
-        asked = replay(port, arrivals)
+        asked = replay(port, arrivals, 0.5 + number * GOLDEN % 1.0)
         starts = num_starts(port)
         stages_ms = [stages_of(port, one) for one in asked]
     served = [one for one in stages_ms if one is not None]
@@ -332,7 +336,8 @@ def main() -> None:
     pairs, all_rates = earlier["pairs"], [bench.rates()]
     for segment in [SEGMENTS[name] for name in args.segments] * args.repeats:
         arrivals = read_trace(args.traces / segment.trace, segment.scaling)
-        real = measured(args.artifact, segment, arrivals, args.threads)
+        number = sum(one["segment"] == segment.name for one in pairs)
+        real = measured(args.artifact, segment, arrivals, args.threads, number)
         all_rates.append(bench.rates())
         beside = [msgspec.convert(one, Rates) for one in all_rates[-2:]]
         pairs.append(pair(segment, real, simulated(segment, arrivals, beside)))
