@@ -260,7 +260,7 @@ def pair(segment: Segment, real: Replayed, simulation: Figures) -> dict[str, Any
         "segment": segment.name, "held_out": segment.held_out, "latest_sending_ms": round(1000 * real.late_s, 1),
         "measured": asdict(real.figures), "simulated": asdict(simulation),
         "ratios": {name: getattr(simulation, name) / getattr(real.figures, name) for name in COMPARED},
-        "stages_ms": real.stages_ms,
+        "ttft_ms": [None if one is None else one["ttft"] for one in real.stages_ms],
     }  # fmt: skip
 
 
