@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -166,3 +169,26 @@ def test_a_receipt_of_another_exchange_is_refused(site: Path) -> None:
     done = CliRunner().invoke(main, ["receipt", "verify", *arguments, "answer"])
     assert done.exit_code == 0, done.output
     assert "simulated, by the signer's own word" in done.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("keyserver", "--policy", "keys.toml", "--keys", "keys"),
+        ("proxy", "http://127.0.0.1:1", "--policy", "remote.toml"),
+    ],
+    ids=["keyserver", "proxy"],
+)
+def test_a_signal_ends_it_without_a_word(site: Path, arguments: tuple[str, ...], number: int) -> None:
+    ends = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # background jobs ignore it
+    command = [sys.executable, "-c", f"{ends}; from pilotlight.cli import main; main()", *arguments, "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            assert "http://127.0.0.1:" in process.stdout.readline()
+            process.send_signal(number)
+            _, said = process.communicate(timeout=300)
+        finally:
+            process.kill()
+    assert (process.returncode, said) == (0, "")

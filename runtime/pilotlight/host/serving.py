@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from collections.abc import Callable
@@ -48,5 +49,18 @@ def serve_app(app: ASGIApp, address: str, port: int, on_ready: Callable[[str], N
         except OSError as error:
             raise ConfigError(f"the TLS certificate cannot be used ({error})") from error
         host = f"[{address}]" if ":" in address else address
-        on_ready(f"{'http' if tls is None else 'https'}://{host}:{listener.getsockname()[1]}")
-        uvicorn.Server(config).run(sockets=[listener])
+        url = f"{'http' if tls is None else 'https'}://{host}:{listener.getsockname()[1]}"
+        with contextlib.suppress(KeyboardInterrupt):  # a signal, which uvicorn raises again once everything has ended
+            _Announced(config, lambda: on_ready(url)).run(sockets=[listener])
+
+
+class _Announced(uvicorn.Server):
+    """Says that it is ready when it is: also for a signal, which ends it in good order from then on."""
+
+    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_ready = on_ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._on_ready()
