@@ -18,6 +18,7 @@ from pilotlight.confidential.appraisal import (
     MalformedEvidence,
     Policy,
     Problem,
+    Reason,
     Roots,
 )
 from pilotlight.confidential.binding import Bindings, report_data
@@ -218,3 +219,11 @@ def test_parts_of_a_binding_have_32_bytes(length: int) -> None:
 def test_pins_are_of_the_keys_that_the_files_have() -> None:
     (root,) = chain.load_pem(snp("genoa").certificates)[2:]
     assert chain.fingerprint(root) in VENDORS.keys[Kind.SEV_SNP]
+
+
+def test_a_reason_is_one_short_printable_line_whatever_it_is_of() -> None:
+    """A certificate may be called anything, and what it is called stands in logs and on terminals."""
+    reason = Reason(Problem.CHAIN, "leaf\nreleased default/key/toy \x1b[2J\ud800" + "x" * 10_000)
+    assert reason.detail.startswith("leaf\\nreleased default/key/toy \\x1b[2J\\ud800x")
+    assert reason.detail.isprintable()
+    assert len(reason.detail) < 600

@@ -321,3 +321,21 @@ def test_a_name_that_is_there_twice_is_refused() -> None:
     body = f"{b64(b'{}')}.{b64(signed.encode())}.AA".encode()
     appraisal = appraise(Evidence(Kind.MAA, body), nonce=None, policy=ANYTHING, at=NOW, roots=roots())
     assert problems(appraisal) == {Problem.MALFORMED}
+
+
+@pytest.mark.parametrize("name", ["nbf", "iat"])
+@pytest.mark.parametrize("instant", [-62135596800, 253402300799])
+def test_a_token_from_the_ends_of_the_calendar_is_compared_all_the_same(name: str, instant: int) -> None:
+    """Five minutes before the year 1 there is no time."""
+    body = token(microsoft_key(), {**machine(), name: instant}).encode()
+    policy = Policy(any_measurement=True)
+    appraisal = appraise(Evidence(Kind.MAA, body), nonce=None, policy=policy, at=NOW, roots=roots())
+    assert appraisal.accepted is (instant < 0)
+
+
+def test_half_a_character_in_a_token_is_refused() -> None:
+    """What is said of it could be neither logged nor sent."""
+    body = token(microsoft_key(), {**machine(), "x-ms-compliance-status": "\ud800"}).encode()
+    policy = Policy(any_measurement=True)
+    appraisal = appraise(Evidence(Kind.MAA, body), nonce=None, policy=policy, at=NOW, roots=roots())
+    assert [reason.problem for reason in appraisal.reasons] == [Problem.MALFORMED]

@@ -25,6 +25,7 @@ Claim = str | int | bool
 MAX_EVIDENCE_BYTES = 4 * 1024 * 1024
 """Of one evidence in JSON, its devices included. The largest real one, a GPU's with its RIMs, has a tenth of that."""
 MAX_DEVICES = 16
+MAX_SHOWN = 500
 
 
 class Kind(StrEnum):
@@ -68,10 +69,18 @@ class Problem(StrEnum):
     KIND = "kind"
 
 
+def shown(text: str) -> str:
+    """Return a stranger's text as it may stand in a line of a log or on a terminal: short, and printable."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:MAX_SHOWN])
+
+
 @dataclass(frozen=True, slots=True)
 class Reason:
     problem: Problem
     detail: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "detail", shown(self.detail))  # names of certificates and the like are in it
 
     def __str__(self) -> str:
         return f"{self.problem}: {self.detail}"

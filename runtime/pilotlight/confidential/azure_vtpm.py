@@ -245,5 +245,5 @@ def _claims(
         "nonce": quote.nonce.hex(),
         "secure_boot": configuration.get("secure-boot") is True,
         "console_enabled": configuration.get("console-enabled") is not False,
-        "vm_id": str(configuration.get("vmUniqueId", "")),
+        "vm_id": vm_id if isinstance(vm_id := configuration.get("vmUniqueId"), str) else "",
     }

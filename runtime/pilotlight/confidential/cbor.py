@@ -103,7 +103,7 @@ class _Reader:
         found: dict[Value, Value] = {}
         for _ in self._rounds(count):
             key = self.item(depth + 1)
-            if not isinstance(key, int | str) or key in found:
+            if not isinstance(key, int | str) or isinstance(key, bool) or key in found:
                 raise Refused(Problem.MALFORMED, "a key in the CBOR is no number or text, or is there twice")
             found[key] = self.item(depth + 1)
         return found

@@ -24,6 +24,7 @@ from cryptography.utils import CryptographyDeprecationWarning
 from pilotlight.confidential.appraisal import Problem, Refused
 
 MAX_CERTIFICATES = 16
+MAX_NAME = 200
 DEFECTS = (
     ValueError,
     TypeError,
@@ -128,7 +129,7 @@ def check_not_revoked(chain: Sequence[x509.Certificate], crls: Iterable[bytes], 
 def common_name(certificate: x509.Certificate) -> str:
     """Return the subject's common name, or all of the subject where it has none."""
     names = certificate.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)
-    return str(names[0].value) if names else certificate.subject.rfc4514_string()
+    return (str(names[0].value) if names else certificate.subject.rfc4514_string())[:MAX_NAME]
 
 
 def verify_raw_ecdsa(

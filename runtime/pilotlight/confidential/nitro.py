@@ -96,7 +96,7 @@ def _check_time(timestamp_ms: int, at: datetime) -> None:
         made_at = datetime.fromtimestamp(timestamp_ms / 1000, UTC)
     except (OverflowError, ValueError, OSError) as error:
         raise Refused(Problem.MALFORMED, "the document's time is none") from error
-    if made_at > at + CLOCK_SKEW:
+    if made_at - at > CLOCK_SKEW:
         raise Refused(Problem.NOT_YET_VALID, f"the document was made at {made_at}")
 
 

@@ -55,13 +55,19 @@ def _split(token: str) -> tuple[Claims, Claims, bytes, bytes]:
     if len(token) > MAX_TOKEN_BYTES or len(parts) != 3 or not token.isascii():
         raise Refused(Problem.MALFORMED, "the token is no JSON Web Token")
     try:
-        header, claims = (json.loads(_decoded(part), object_pairs_hook=_without_twins) for part in parts[:2])
+        header, claims = (_object(_decoded(part)) for part in parts[:2])
         signature = _decoded(parts[2])
     except (ValueError, RecursionError) as error:
         raise Refused(Problem.MALFORMED, f"the token cannot be read ({str(error)[:200]})") from error
     if not isinstance(header, dict) or not isinstance(claims, dict):
         raise Refused(Problem.MALFORMED, "the token does not hold claims")
     return header, claims, f"{parts[0]}.{parts[1]}".encode(), signature
+
+
+def _object(content: bytes) -> Any:
+    found = json.loads(content, object_pairs_hook=_without_twins)
+    json.dumps(found, ensure_ascii=False).encode()  # halves of characters could be neither logged nor answered with
+    return found
 
 
 def _without_twins(pairs: list[tuple[str, Any]]) -> Claims:
@@ -118,7 +124,7 @@ def _check_time(claims: Claims, at: datetime) -> None:
         raise Refused(Problem.EXPIRED, f"the token expired at {expires_at}")
     for name in ("nbf", "iat"):
         instant = _instant(claims[name]) if name in claims else None
-        if name in claims and (instant is None or at < instant - CLOCK_SKEW):
+        if name in claims and (instant is None or instant - at > CLOCK_SKEW):
             raise Refused(Problem.NOT_YET_VALID, f"the token is valid from {instant}")
 
 
