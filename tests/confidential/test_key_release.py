@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from hypothesis import strategies as st
 from joserfc.jwk import ECKey, RSAKey
 from moto import mock_aws
 
+from confidential.soaking import steady
 from evidence_files import evidence_file
 from pilotlight.artifact import Artifact
 from pilotlight.confidential.appraisal import Evidence, Kind, Policy
@@ -322,6 +323,7 @@ def test_another_version_of_the_protocol_is_refused(simulator: Simulator, keys_d
     assert "0.4.0" in answer.json()["detail"]
 
 
+@steady
 @given(path=st.sampled_from(["auth", "attest"]), body=st.binary(max_size=200))
 def test_any_body_is_answered_with_a_problem(simulator: Simulator, path: str, body: bytes) -> None:
     client = Wire(KeyServer(policy(simulator), Path("nowhere"))).client()
@@ -330,6 +332,7 @@ def test_any_body_is_answered_with_a_problem(simulator: Simulator, path: str, bo
     assert answer.headers["content-type"] == "application/problem+json"
 
 
+@steady
 @given(status=st.sampled_from([200, 200, 401, 500]), content=st.binary(max_size=200) | st.just(b'{"nonce": "AA=="}'))
 def test_any_answer_of_a_key_server_is_a_refusal(simulator: Simulator, status: int, content: bytes) -> None:
     client = httpx.Client(transport=httpx.MockTransport(lambda _: httpx.Response(status, content=content)))
@@ -546,6 +549,7 @@ def test_the_sample_of_aws_is_read_and_is_not_for_us(vault_key: rsa.RSAPrivateKe
         open_enveloped(sample, vault_key)
 
 
+@steady
 @given(st.data())
 def test_a_mutated_envelope_is_refused_or_harmless(vault_key: rsa.RSAPrivateKey, data: st.DataObject) -> None:
     good = bytearray(enveloped(vault_key.public_key(), KEY))
@@ -557,6 +561,7 @@ def test_a_mutated_envelope_is_refused_or_harmless(vault_key: rsa.RSAPrivateKey,
         return
 
 
+@steady
 @given(st.binary(max_size=300))
 def test_any_bytes_in_place_of_an_envelope_are_refused(vault_key: rsa.RSAPrivateKey, content: bytes) -> None:
     with pytest.raises(KeyNotReleased):
@@ -580,3 +585,52 @@ def test_a_sealed_artifact_opens_through_the_key_server(
     wire = Wire(KeyServer(policy(simulator, artifacts=frozenset({toy_artifact.digest})), tmp_path / "keys"))
     opened = Unsealing(publisher, broker(wire, simulator)).open(tmp_path / "sealed")
     assert opened.digest == toy_artifact.digest
+
+
+def test_evidence_that_is_worth_nothing_is_not_kept(simulator: Simulator, keys_dir: Path) -> None:
+    """Anybody may send megabytes of it, in thousands of sessions."""
+    server = KeyServer(policy(simulator), keys_dir)
+    client = Wire(server).client()
+    nonce = client.post("http://keys/kbs/v0/auth", json={"version": "0.4.0", "tee": "sample"}).json()["nonce"]
+    body = attestation(simulator, nonce)
+    body["tee-evidence"]["primary_evidence"]["certificates"] = "x" * 1_000_000
+    assert client.post("http://keys/kbs/v0/attest", json=body).status_code == 200
+    (session,) = server._sessions.values()
+    assert len(repr(session.attested)) < 10_000
+    assert client.get(f"http://keys/kbs/v0/resource/{RESOURCE}").status_code == 403
+
+
+def test_a_stranger_cannot_write_a_line_of_the_log(simulator: Simulator, keys_dir: Path) -> None:
+    lines: list[str] = []
+    client = Wire(KeyServer(policy(simulator), keys_dir, log=lines.append)).client()
+    nonce = client.post("http://keys/kbs/v0/auth", json={"version": "0.4.0", "tee": "sample"}).json()["nonce"]
+    client.post("http://keys/kbs/v0/attest", json=attestation(Simulator.create(), nonce))
+    answer = client.get("http://keys/kbs/v0/resource/a/b/c%0Areleased%20default%2Fkey%2Ftoy%1B%5B2J")
+    assert answer.status_code in (403, 404)
+    client.get("http://keys/kbs/v0/resource/a/b/c%0Areleased%1B")
+    assert lines
+    assert all(line.isprintable() and line.startswith("refused ") for line in lines)
+
+
+@pytest.mark.parametrize("headers", [{}, {"content-encoding": "gzip"}], ids=["long", "packed"])
+def test_an_answer_without_an_end_is_not_read_to_it(simulator: Simulator, headers: dict[str, str]) -> None:
+    given = []
+
+    def pieces() -> Iterator[bytes]:
+        while True:
+            given.append(1)
+            yield b" " * 65536
+
+    transport = httpx.MockTransport(lambda _: httpx.Response(200, headers=headers, stream=Endless(pieces())))
+    client = httpx.Client(transport=transport)
+    with pytest.raises(KeyNotReleased, match="more than"):
+        KeyBroker("http://keys", simulator, client).resource("a/b/c", ARTIFACT)
+    assert len(given) <= 17
+
+
+class Endless(httpx.SyncByteStream):
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self._pieces = pieces
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self._pieces

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from confidential.served import Change, Middle, flipped
+from confidential.soaking import steady
 from pilotlight.api.encrypted_bodies import EncryptedBodies
 from pilotlight.api.receipts import Receipts
 from pilotlight.artifact import Artifact
@@ -31,7 +32,7 @@ from pilotlight.confidential.binding import Bindings
 from pilotlight.confidential.ehbp import ServerKey
 from pilotlight.confidential.issuer import Issuer
 from pilotlight.confidential.pins import VENDORS
-from pilotlight.confidential.proxy import PROVE_AGAIN_AFTER_S, Proxy
+from pilotlight.confidential.proxy import MAX_ATTESTATION_BYTES, PROVE_AGAIN_AFTER_S, Proxy
 from pilotlight.confidential.receipts import Exchange, ReceiptRefused, issue, verify_by_evidence, verify_receipt
 from pilotlight.confidential.remote import RemotePolicy, prove
 from pilotlight.confidential.simulator import MEASUREMENT, Simulator
@@ -420,6 +421,7 @@ def test_bodies_that_cannot_be_forwarded_are_refused(run: Run) -> None:
     run(scenario)
 
 
+@steady
 @given(content=st.binary(max_size=300))
 def test_any_bytes_are_no_attestation_no_receipt_and_no_air(simulator: Simulator, content: bytes) -> None:
     with pytest.raises(PilotlightError):
@@ -444,6 +446,7 @@ def a_receipt(toy_artifact: Artifact, tmp_path_factory: pytest.TempPathFactory, 
     return next((directory / "receipts").iterdir()).read_bytes()
 
 
+@steady
 @given(data=st.data())
 def test_a_mutated_receipt_is_refused(a_receipt: bytes, simulator: Simulator, data: st.DataObject) -> None:
     mutated = bytearray(a_receipt)
@@ -457,6 +460,7 @@ def test_a_mutated_receipt_is_refused(a_receipt: bytes, simulator: Simulator, da
     assert profile == verify_receipt(a_receipt, SIGNING_KEY.public_key()), "what is accepted says the same"
 
 
+@steady
 @given(data=st.data())
 def test_a_mutated_air_is_refused(a_receipt: bytes, data: st.DataObject) -> None:
     mutated = bytearray(base64.b64decode(json.loads(a_receipt)["air"]))
@@ -486,7 +490,7 @@ def test_a_receipt_without_evidence_needs_the_key(a_receipt: bytes, simulator: S
     record = msgspec.structs.replace(verify_receipt(a_receipt, key).record, tee=TeeLabel.NONE)
     exchange = Exchange.of(b"question")
     exchange.received(b"answer")
-    receipt = issue(record, exchange, Signer(SIGNING_KEY), None, 1)
+    receipt = issue(record, exchange, Signer(SIGNING_KEY), None, 1).encode()
     profile = verify_receipt(receipt, key, exchange)
     assert (profile.tee, profile.evidence_digest, profile.air_sha256) == (TeeLabel.NONE, None, None)
     with pytest.raises(ReceiptRefused, match="no evidence"):
@@ -494,3 +498,50 @@ def test_a_receipt_without_evidence_needs_the_key(a_receipt: bytes, simulator: S
     air = json.loads(a_receipt)["air"]
     with pytest.raises(ReceiptRefused, match="AIR"):
         verify_receipt(json.dumps({**json.loads(receipt), "air": air}).encode(), key)
+
+
+def test_who_says_that_the_key_has_changed_when_it_has_not_gets_no_second_request(run: Run) -> None:
+    """Somebody in between could pass the first one on, and have the same question answered, and paid, twice."""
+    seen: list[bytes] = []
+
+    def reject(frames: list[bytes]) -> list[bytes]:
+        seen.append(b"".join(frames))
+        return flipped(0)(frames)
+
+    async def scenario(there: Stand) -> None:
+        answer = await there.ask()
+        assert answer.status_code == 502
+        assert "has changed, and it has not" in answer.json()["error"]["message"]
+        assert len(seen) == 1
+
+    run(scenario, Tampering(request=reject))
+
+
+@pytest.mark.parametrize("headers", [[], [(b"content-encoding", b"gzip")]], ids=["long", "packed"])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/models"])
+def test_an_answer_without_an_end_is_not_read_to_it(
+    simulator: Simulator, path: str, headers: list[tuple[bytes, bytes]]
+) -> None:
+    given: list[int] = []
+
+    class Endless(httpx.AsyncByteStream):
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            while True:
+                given.append(1)
+                yield b" " * 65536
+
+    async def main() -> None:
+        transport = httpx.MockTransport(lambda _: httpx.Response(200, headers=headers, stream=Endless()))
+        proxy = Proxy(
+            "http://remote",
+            policy_for(simulator),
+            make_client=lambda url, _: httpx.AsyncClient(transport=transport, base_url=url),
+        )
+        through = httpx.ASGITransport(proxy.app())
+        async with httpx.AsyncClient(transport=through, base_url="http://proxy") as client:
+            answer = await (client.get(path) if path.endswith("models") else client.post(path, json=BODY))
+        assert answer.status_code == 502
+        assert "TooLarge" in answer.json()["error"]["message"]
+
+    asyncio.run(main())
+    assert len(given) <= MAX_ATTESTATION_BYTES // 65536 + 1

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import json
 import logging
 from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from confidential.test_fuzz_exchange import a_record
+from confidential.test_fuzz_exchange import a_record, asked, attester
 from pilotlight.confidential.issuer import Issuer
 from pilotlight.confidential.pins import VENDORS
 from pilotlight.confidential.receipt_files import ReceiptFiles
-from pilotlight.confidential.receipts import Exchange, verify_receipt
+from pilotlight.confidential.receipts import Exchange, Receipt, ReceiptRefused, verify_by_evidence, verify_receipt
+from pilotlight.confidential.simulator import Simulator
 from pilotlight.errors import ConfigError, RequestNotFound
 from pilotlight.metering.signing import Signer
 
@@ -84,3 +87,32 @@ def test_a_full_disk_costs_the_file_and_not_the_answer(tmp_path: Path, caplog: p
         asyncio.run(by.ended("req-1", exchange()))
     assert "cannot be written (No such file or directory)" in caplog.text
     assert given(by)
+
+
+@pytest.mark.parametrize("issued_at", [2**63 - 1, -(2**63), 10**12])
+def test_a_receipt_from_outside_the_calendar_is_refused(issued_at: int) -> None:
+    """The time is read before anybody vouches for it: it is as of then that the evidence is looked at."""
+    simulator = Simulator.create()
+    content = json.loads(given(with_evidence(simulator)))
+    header, claims, signature = content["profile"].split(".")
+    profile = {**json.loads(base64.urlsafe_b64decode(claims + "==")), "issued_at": issued_at}
+    altered = base64.urlsafe_b64encode(json.dumps(profile).encode()).rstrip(b"=").decode()
+    content["profile"] = f"{header}.{altered}.{signature}"
+    with pytest.raises(ReceiptRefused, match="time"):
+        verify_by_evidence(json.dumps(content).encode(), asked(simulator))
+
+
+def with_evidence(simulator: Simulator) -> Issuer:
+    by_it = attester(simulator)
+    by = Issuer(Signer(KEY), lambda _: a_record(), by_it, by_it.roots)
+    for name in ("req-1", "req-2"):
+        asyncio.run(by.ended(name, exchange()))
+    return by
+
+
+def test_receipts_in_memory_share_their_evidence() -> None:
+    """It may have megabytes where there are GPUs, and ten thousand receipts are kept."""
+    by = with_evidence(Simulator.create())
+    first, second = (receipt.attestation for receipt in by._kept.values() if isinstance(receipt, Receipt))
+    assert first is not None
+    assert first is second

@@ -97,3 +97,9 @@ def test_a_server_that_changes_its_certificate_later_is_not_spoken_to(tmp_path: 
         port = int(url.rpartition(":")[2])
     with tls_server(other_chain, other_key, port) as url, pytest.raises(httpx.ConnectError):
         asyncio.run(_get(client, url))
+
+
+def test_a_certificate_that_cannot_be_read_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tls_pin, "certificate_of", lambda host, port: b"\x30\x00")
+    with pytest.raises(RemoteRefused, match="cannot be read"):
+        client_for(httpx.URL("https://127.0.0.1:1"), proven(b"\1" * 32))

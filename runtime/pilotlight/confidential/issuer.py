@@ -21,7 +21,7 @@ from pilotlight.confidential.appraisal import Roots, from_wire
 from pilotlight.confidential.attested import appraise_attestation
 from pilotlight.confidential.attester import ANYTHING
 from pilotlight.confidential.receipt_files import ReceiptFiles
-from pilotlight.confidential.receipts import Exchange, Standing, issue, measurements_of
+from pilotlight.confidential.receipts import Exchange, Receipt, Standing, issue, measurements_of
 from pilotlight.errors import RequestNotFound
 from pilotlight.metering.record import UsageRecord
 from pilotlight.metering.signing import Signer
@@ -57,7 +57,8 @@ class Issuer:
         self._max_kept = max_kept
         self._files = files
         self._numbers = itertools.count(1)
-        self._kept: OrderedDict[str, bytes | Exchange] = OrderedDict()
+        self._kept: OrderedDict[str, Receipt | Exchange] = OrderedDict()
+        """Receipts share the text of their evidence, which may have megabytes where there are GPUs."""
         self._standings: dict[str, Standing] = {}
 
     async def ended(self, request_id: str, exchange: Exchange) -> None:
@@ -71,22 +72,24 @@ class Issuer:
         Raises:
             RequestNotFound: there is none, it is kept no longer, or the caller may not see it.
         """
-        kept = self._kept.get(request_id) or await self._written(request_id)
+        kept: Receipt | Exchange | bytes | None = self._kept.get(request_id) or await self._written(request_id)
         record = await asyncio.to_thread(self._find_record, request_id)
         if kept is None or record is None or not may_see(record.key_id):
             raise RequestNotFound(f"there is no receipt of a request {request_id!r}, or it is kept no longer")
-        return kept if isinstance(kept, bytes) else await self._issue(request_id, kept) or b""
+        if isinstance(kept, Exchange):
+            kept = await self._issue(request_id, kept) or b""
+        return kept.encode() if isinstance(kept, Receipt) else kept
 
     async def _written(self, request_id: str) -> bytes | None:
         return None if self._files is None else await asyncio.to_thread(self._files.read, request_id)
 
-    async def _issue(self, request_id: str, exchange: Exchange) -> bytes | None:
+    async def _issue(self, request_id: str, exchange: Exchange) -> Receipt | None:
         receipt = await asyncio.to_thread(self._make, request_id, exchange)
         if receipt is not None:
             self._keep(request_id, receipt)
         return receipt
 
-    def _make(self, request_id: str, exchange: Exchange) -> bytes | None:
+    def _make(self, request_id: str, exchange: Exchange) -> Receipt | None:
         record = self._find_record(request_id)
         if record is None:
             return None
@@ -94,7 +97,7 @@ class Issuer:
         receipt = issue(record, exchange, self._signer, standing, next(self._numbers))
         if self._files is not None:
             try:
-                self._files.write(request_id, receipt)
+                self._files.write(request_id, receipt.encode())
             except OSError as error:  # the answer is worth more than its receipt, which is still in memory
                 logger.warning("the receipt of %s cannot be written (%s)", request_id, error.strerror)
         return receipt
@@ -114,11 +117,14 @@ class Issuer:
             assert attestation.evidence is not None
             evidence = from_wire(attestation.evidence)
             self._standings[artifact_digest] = Standing(
-                content, evidence.digest, evidence.kind, measurements_of(appraisal) if appraisal.accepted else None
+                content.decode(),
+                evidence.digest,
+                evidence.kind,
+                measurements_of(appraisal) if appraisal.accepted else None,
             )
         return self._standings[artifact_digest]
 
-    def _keep(self, request_id: str, kept: bytes | Exchange) -> None:
+    def _keep(self, request_id: str, kept: Receipt | Exchange) -> None:
         self._kept[request_id] = kept
         self._kept.move_to_end(request_id)
         while len(self._kept) > self._max_kept:

@@ -23,7 +23,8 @@ from joserfc import jwe
 from joserfc.errors import JoseError
 from joserfc.jwk import ECKey
 
-from pilotlight.confidential.appraisal import Evidence, Kind, to_wire
+from pilotlight.confidential.answers import PLAIN, TooLarge, read_at_most_now
+from pilotlight.confidential.appraisal import Evidence, Kind, shown, to_wire
 from pilotlight.confidential.binding import NUM_REPORT_DATA_BYTES
 from pilotlight.confidential.chunks import NUM_KEY_BYTES
 from pilotlight.confidential.key_release import KeyNotReleased, recipient_for
@@ -114,14 +115,14 @@ class KeyBroker:
 
     def _call(self, method: str, path: str, content: dict[str, Any] | None = None) -> dict[str, Any]:
         try:
-            response = self._client.request(method, f"{self._url}/kbs/v0/{path}", json=content)
+            with self._client.stream(method, f"{self._url}/kbs/v0/{path}", json=content, headers=PLAIN) as response:
+                answer = _object(read_at_most_now(response, MAX_ANSWER_BYTES))
+        except TooLarge as error:
+            raise KeyNotReleased(f"{self._url} answers with more than {MAX_ANSWER_BYTES:,} bytes, or packed") from error
         except httpx.HTTPError as error:
             raise KeyNotReleased(f"{self._url} cannot be reached ({type(error).__name__})") from error
-        if len(response.content) > MAX_ANSWER_BYTES:
-            raise KeyNotReleased(f"{self._url} answers with more than {MAX_ANSWER_BYTES:,} bytes")
-        answer = _object(response.content)
         if response.status_code != httpx.codes.OK:
-            problem = str(answer.get("detail") or answer.get("type") or "no reason is given")[:500]
+            problem = shown(str(answer.get("detail") or answer.get("type") or "no reason is given"))
             raise KeyNotReleased(f"{self._url} refuses: {problem} (status {response.status_code})")
         return answer
 

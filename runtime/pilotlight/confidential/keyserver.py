@@ -30,10 +30,11 @@ from starlette.routing import Route
 
 from pilotlight.confidential.appraisal import (
     MAX_EVIDENCE_BYTES,
-    Evidence,
+    Appraisal,
     EvidenceRefused,
     MalformedEvidence,
     from_wire,
+    shown,
 )
 from pilotlight.confidential.kbs import (
     ALGORITHMS,
@@ -109,12 +110,13 @@ class _Session:
 
 @dataclass(frozen=True, slots=True)
 class _Attested:
-    """Evidence that holds the session's nonce and this key. What it is worth is decided for each resource."""
+    """What evidence with the session's nonce and this key is worth, for each resource that a rule names.
+
+    The evidence itself is not kept: anybody may send megabytes of it that are worth nothing.
+    """
 
     key: dict[str, Any]
-    evidence: Evidence
-    report_data: bytes
-    artifact: str | None
+    outcomes: dict[str, Appraisal]
 
 
 class KeyServer:
@@ -174,21 +176,21 @@ class KeyServer:
         report_data = runtime_hash(key, session.nonce, additional)
         _import_key(key)
         evidence = from_wire(asked.tee_evidence.primary_evidence)
-        session.attested = _Attested(key, evidence, report_data, artifact)
-        label = self._label(session.attested)
-        return _json({"token": self._token(session_id, key, evidence, label)})
+        session.attested = _Attested(key, self._policy.outcomes(evidence, report_data, artifact, self._now()))
+        return _json({"token": self._token(session_id, session.attested, evidence.digest)})
 
     async def resource(self, request: Request) -> Response:
         path = "/".join(request.path_params[name] for name in ("repository", "kind", "tag"))
         attested = self._session(self._session_id(request)).attested
         if attested is None:
             raise Problem(401, "this session has not attested")
+        appraisal = attested.outcomes.get(path)
         try:
-            appraisal = self._policy.decide(
-                path, attested.evidence, attested.report_data, attested.artifact, self._now()
-            )
-        except EvidenceRefused as refusal:
-            self._log(f"refused {path}: {refusal.message}")
+            if appraisal is None:
+                raise Problem(403, f"no rule gives {shown(path)}")
+            appraisal.require()
+        except (Problem, EvidenceRefused) as refusal:
+            self._log(f"refused {shown(path)}: {refusal.message}")
             raise
         content = self._read(path)
         self._log(f"released {path}: label {appraisal.label}, evidence {appraisal.evidence_digest}")
@@ -216,21 +218,10 @@ class KeyServer:
         while self._sessions and next(iter(self._sessions.values())).ends_at <= now:
             self._sessions.popitem(last=False)
 
-    def _label(self, attested: _Attested) -> TeeLabel:
-        """Return what the evidence is worth by the best rule; the token says it, and no decision rests on it."""
-        labels = []
-        for rule in self._policy.release:
-            try:
-                labels.append(
-                    self._policy.decide(
-                        rule.resource, attested.evidence, attested.report_data, attested.artifact, self._now()
-                    ).label
-                )
-            except EvidenceRefused:
-                continue
-        return max(labels, key=list(TeeLabel).index, default=TeeLabel.NONE)
-
-    def _token(self, session_id: str, key: dict[str, Any], evidence: Evidence, label: TeeLabel) -> str:
+    def _token(self, session_id: str, attested: _Attested, evidence_digest: str) -> str:
+        """Return a token that says what the evidence is worth by the best rule; no decision rests on it."""
+        labels = [appraisal.label for appraisal in attested.outcomes.values()]
+        label = max(labels, key=list(TeeLabel).index, default=TeeLabel.NONE)
         now = int(self._now().timestamp())
         status = {TeeLabel.HARDWARE: "affirming", TeeLabel.NONE: "contraindicated"}.get(label, "warning")
         claims = {
@@ -239,13 +230,13 @@ class KeyServer:
             "iat": now,
             "exp": now + int(SESSION_TTL_S),
             "jti": session_id,
-            "tee-pubkey": key,
+            "tee-pubkey": attested.key,
             "submods": {
                 "cpu0": {
                     "ear.status": status,
                     "ear.trustworthiness-vector": {},
                     "pilotlight.label": str(label),
-                    "pilotlight.evidence": evidence.digest,
+                    "pilotlight.evidence": evidence_digest,
                 }
             },
         }

@@ -61,3 +61,15 @@ class KeyPolicy(PolicyFile, frozen=True, forbid_unknown_fields=True, kw_only=Tru
             reason = Reason(Problem.CLAIM, f"the artifact is {artifact or 'not named'}")
             raise EvidenceRefused(refused(evidence, reason))
         return appraisal
+
+    def outcomes(
+        self, evidence: Evidence, report_data: bytes, artifact: str | None, at: datetime
+    ) -> dict[str, Appraisal]:
+        """Return what ``decide`` comes to for each resource that a rule names; a refusal is an appraisal, too."""
+        found: dict[str, Appraisal] = {}
+        for resource in {rule.resource for rule in self.release}:
+            try:
+                found[resource] = self.decide(resource, evidence, report_data, artifact, at)
+            except EvidenceRefused as refusal:
+                found[resource] = refusal.appraisal
+        return found

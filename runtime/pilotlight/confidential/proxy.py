@@ -9,6 +9,7 @@ What the network sees: path, headers and API key (under TLS, if the URL is https
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
@@ -24,7 +25,9 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from pilotlight.confidential import tls_pin
+from pilotlight.confidential.answers import PLAIN, read_at_most
 from pilotlight.confidential.binding import NO_PART
+from pilotlight.confidential.chain import DEFECTS
 from pilotlight.confidential.ehbp import (
     ENCAPSULATED_KEY,
     RESPONSE_NONCE,
@@ -34,7 +37,7 @@ from pilotlight.confidential.ehbp import (
     Sent,
 )
 from pilotlight.confidential.receipt_files import NAME, ReceiptFiles
-from pilotlight.confidential.receipts import Exchange, verify_receipt
+from pilotlight.confidential.receipts import MAX_RECEIPT_BYTES, Exchange, verify_receipt
 from pilotlight.confidential.remote import Proven, RemotePolicy, RemoteRefused, fresh_nonce, prove
 from pilotlight.errors import ConfigError, PilotlightError
 from pilotlight.tee import TEE_HEADER
@@ -110,8 +113,10 @@ class Proxy:
     async def models(self, request: Request) -> Response:
         """Pass on the list of models, which is public; nothing in it is believed."""
         remote = await self._any_remote()
-        answer = await remote.client.get(self._at("/v1/models"), headers=_chosen(request.headers, SENT_HEADERS))
-        return Response(answer.content, answer.status_code, _chosen(answer.headers, KEPT_HEADERS))
+        answer, content = await self._get(
+            remote.client, "/v1/models", MAX_ATTESTATION_BYTES, _chosen(request.headers, SENT_HEADERS)
+        )
+        return Response(content, answer.status_code, _chosen(answer.headers, KEPT_HEADERS))
 
     async def forward(self, request: Request) -> Response:
         body = await _body(request)
@@ -120,7 +125,10 @@ class Proxy:
         answer = await self._send(request, remote, body)
         if isinstance(answer, _KeyChanged):
             await self._forget(model)
-            remote = await self._remote(model)
+            former, remote = remote, await self._remote(model)
+            if remote.proven.bindings.hpke_key == former.proven.bindings.hpke_key:
+                # Somebody in between who passes a request on and says this could have it answered twice.
+                raise RemoteRefused("the remote says that its key has changed, and it has not")
             answer = await self._send(request, remote, body)
         if isinstance(answer, _KeyChanged):
             raise RemoteRefused("the remote does not take the key that it has just proven to have")
@@ -149,15 +157,15 @@ class Proxy:
         """Fetch the receipt of an answer, hold it against what was sent and received, and keep it."""
         if not NAME.fullmatch(request_id):
             raise RemoteRefused("the remote names no request")
-        answer = await remote.client.get(self._at(f"/v1/receipts/{request_id}"), headers=headers)
+        answer, content = await self._get(remote.client, f"/v1/receipts/{request_id}", MAX_RECEIPT_BYTES, dict(headers))
         if answer.status_code != httpx.codes.OK:
             raise RemoteRefused(f"the remote gives no receipt (status {answer.status_code})")
-        verified = verify_receipt(answer.content, remote.proven.receipt_key, exchange)
+        verified = verify_receipt(content, remote.proven.receipt_key, exchange)
         if verified.artifact_digest != remote.proven.artifact_digest or verified.request_id != request_id:
             raise RemoteRefused("the receipt is of another artifact or request")
         assert self._receipts is not None
         try:
-            self._receipts.write(request_id, answer.content)
+            self._receipts.write(request_id, content)
         except OSError as error:
             raise ReceiptNotKept(f"the receipt cannot be kept ({error.strerror})") from error
 
@@ -171,12 +179,26 @@ class Proxy:
             nonce = fresh_nonce()
             query = {"nonce": nonce.hex()} | ({} if model is None else {"model": model})
             async with self._make_client(self._url, None) as client:
-                answer = await client.get(self._at("/attestation"), params=query)
-            if answer.status_code != httpx.codes.OK or len(answer.content) > MAX_ATTESTATION_BYTES:
+                answer, content = await self._get(client, "/attestation", MAX_ATTESTATION_BYTES, {}, query)
+            if answer.status_code != httpx.codes.OK:
                 raise RemoteRefused(f"the remote does not attest (status {answer.status_code})")
-            proven = prove(answer.content, nonce, self._policy, self._now())
-            self._remotes[model] = Remote(proven, self._make_client(self._url, proven), self._clock())
-        return self._remotes[model]
+            proven = prove(content, nonce, self._policy, self._now())
+            client = await asyncio.to_thread(self._make_client, self._url, proven)  # it may have to look at TLS
+            known = self._remotes[model] = Remote(proven, client, self._clock())
+        return known
+
+    async def _get(
+        self,
+        client: httpx.AsyncClient,
+        path: str,
+        max_bytes: int,
+        headers: dict[str, str],
+        query: dict[str, str] | None = None,
+    ) -> tuple[httpx.Response, bytes]:
+        """Return an answer that nothing is known of, and its body, which is no longer than this."""
+        asked = client.build_request("GET", self._at(path), headers={**headers, **PLAIN}, params=query)
+        answer = await client.send(asked, stream=True)
+        return answer, await read_at_most(answer, max_bytes)
 
     async def _forget(self, model: str | None) -> None:
         remote = self._remotes.pop(model, None)
@@ -299,16 +321,19 @@ def client_for(url: httpx.URL, proven: Proven | None) -> httpx.AsyncClient:
         return httpx.AsyncClient(timeout=TIMEOUT, follow_redirects=False)
     if proven is None:
         return httpx.AsyncClient(timeout=TIMEOUT, follow_redirects=False, verify=False)  # noqa: S501
+    if proven.bindings.tls_key_hash == NO_PART:
+        raise RemoteRefused("the evidence holds no TLS key: confidential.tls_certificate")
     parts = urlsplit(str(url))
     try:
         certificate = tls_pin.certificate_of(parts.hostname or "", parts.port or 443)
+        if tls_pin.key_hash(certificate) != proven.bindings.tls_key_hash:
+            raise RemoteRefused("the key of the TLS certificate is not the one in the evidence")
+        context = tls_pin.pinned(certificate)
     except OSError as error:
         raise RemoteRefused(f"the remote cannot be reached ({error})") from error
-    if proven.bindings.tls_key_hash == NO_PART:
-        raise RemoteRefused("the evidence holds no TLS key: confidential.tls_certificate")
-    if tls_pin.key_hash(certificate) != proven.bindings.tls_key_hash:
-        raise RemoteRefused("the key of the TLS certificate is not the one in the evidence")
-    return httpx.AsyncClient(timeout=TIMEOUT, follow_redirects=False, verify=tls_pin.pinned(certificate))
+    except DEFECTS as error:
+        raise RemoteRefused("the remote's TLS certificate cannot be read") from error
+    return httpx.AsyncClient(timeout=TIMEOUT, follow_redirects=False, verify=context)
 
 
 def error_body(error: PilotlightError) -> bytes:

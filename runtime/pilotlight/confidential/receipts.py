@@ -97,12 +97,15 @@ class Receipt(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     air: str | None
     attestation: str | None
 
+    def encode(self) -> bytes:
+        return msgspec.json.encode(self)
+
 
 @dataclass(frozen=True, slots=True)
 class Standing:
     """The evidence that this process cites in all of its receipts for one artifact."""
 
-    attestation: bytes
+    attestation: str
     evidence_digest: str
     kind: Kind
     measurements: Mapping[str, bytes | str] | None
@@ -110,8 +113,8 @@ class Standing:
 
 def issue(
     record: UsageRecord, exchange: Exchange, signer: Signer, standing: Standing | None, sequence_number: int
-) -> bytes:
-    """Return the receipt of a finished invocation."""
+) -> Receipt:
+    """Return the receipt of a finished invocation. Its evidence is the very text that ``standing`` holds."""
     issued_at = int(datetime.now(UTC).timestamp())
     air = None
     if standing is not None and standing.measurements is not None:
@@ -123,16 +126,14 @@ def issue(
         response_sha256=exchange.response_sha256,
         tee=record.tee,
         evidence_digest=None if standing is None else standing.evidence_digest,
-        attestation_sha256=None if standing is None else _sha256(standing.attestation),
+        attestation_sha256=None if standing is None else _sha256(standing.attestation.encode()),
         air_sha256=None if air is None else _sha256(air),
     )
     text = msgspec.json.encode(profile).decode()
-    return msgspec.json.encode(
-        Receipt(
-            compact(text, signer.sign(text)),
-            None if air is None else base64.b64encode(air).decode(),
-            None if standing is None else standing.attestation.decode(),
-        )
+    return Receipt(
+        compact(text, signer.sign(text)),
+        None if air is None else base64.b64encode(air).decode(),
+        None if standing is None else standing.attestation,
     )
 
 
@@ -202,7 +203,10 @@ def verify_by_evidence(
         raise ReceiptRefused("the receipt has no evidence: its label is none")
     attestation = _attestation(receipt.attestation)
     claimed = _unverified(receipt.profile)
-    at = datetime.fromtimestamp(claimed.issued_at, UTC)
+    try:
+        at = datetime.fromtimestamp(claimed.issued_at, UTC)
+    except (ValueError, OverflowError, OSError) as error:
+        raise ReceiptRefused("the receipt's time is none") from error
     try:
         nonce = bytes.fromhex(attestation.nonce)
         proven = prove(receipt.attestation.encode(), nonce, policy, at)
@@ -254,16 +258,16 @@ def _check_air(air: bytes, key: Ed25519PublicKey, profile: Profile, receipt: Rec
         "model_hash": profile.artifact_digest.removeprefix("sha256:"),
         "request_hash": profile.request_sha256,
         "response_hash": profile.response_sha256,
-        "attestation_doc_hash": _sha256(_body_of(receipt.attestation.encode())),
+        "attestation_doc_hash": _sha256(_body_of(receipt.attestation)),
     }
     for name, value in expected.items():
         if claims[name].hex() != value:
             raise ReceiptRefused(f"the AIR's {name} is not the receipt's")
 
 
-def _body_of(attestation: bytes) -> bytes:
+def _body_of(attestation: str) -> bytes:
     """Return the report, quote or document in an attestation."""
-    evidence = _attestation(attestation.decode()).evidence
+    evidence = _attestation(attestation).evidence
     if evidence is None:
         raise ReceiptRefused("the receipt's attestation holds no evidence")
     try:
