@@ -78,7 +78,7 @@ SEGMENTS = {
     one.name: one
     for one in (
         Segment("code-a", CODE, _code(1350, 100, 1.25), "deep", 0.5, held_out=False),
-        Segment("code-b", CODE, _code(1900, 100, 1.25), "light", 0.5, held_out=True),
+        Segment("code-b", CODE, _code(1900, 100, 1.25), "light", 0.5, held_out=False),
         Segment("chat", CHAT, Scaling(600, 120, None, 1.7, 1 / 32, 1 / 8, CONTEXT, 96), "light", 0.5, held_out=False),
     )
 }
