@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from datetime import timedelta
 from functools import cache
@@ -245,3 +246,13 @@ def test_a_list_of_revocations_of_no_version_is_refused() -> None:
     place = crl.index(b"\x02\x01\x01")  # version 2 is written as 1
     broken = crl[: place + 2] + b"\0" + crl[place + 3 :]
     assert refusal_of(chain.check_not_revoked, (leaf, root.certificate), [broken], NOW) is Problem.COLLATERAL
+
+
+def test_a_certificate_with_a_name_that_cannot_be_is_read_without_a_word() -> None:
+    """Found by fuzzing: a country of more than two letters made a warning, which a stranger could have us write."""
+    _, leaf = tree()
+    common_name, country = bytes.fromhex("0603550403"), bytes.fromhex("0603550406")
+    altered = leaf.public_bytes(Encoding.DER).replace(common_name, country)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert chain.common_name(chain.load_der(altered)) == "C=Leaf"

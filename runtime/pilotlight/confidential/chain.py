@@ -46,7 +46,7 @@ def load_pem(content: bytes) -> list[x509.Certificate]:
         raise Refused(Problem.MALFORMED, f"there are more than {MAX_CERTIFICATES} certificates")
     if not content.strip():
         return []
-    _tolerate_serial_zero()
+    _silence_warnings()
     try:
         return [_whole(certificate) for certificate in x509.load_pem_x509_certificates(content)]
     except DEFECTS as error:
@@ -59,7 +59,7 @@ def load_der(content: bytes) -> x509.Certificate:
     Raises:
         Refused: it is none.
     """
-    _tolerate_serial_zero()
+    _silence_warnings()
     try:
         return _whole(x509.load_der_x509_certificate(content))
     except DEFECTS as error:
@@ -152,12 +152,14 @@ def verify_raw_ecdsa(
         raise Refused(Problem.SIGNATURE, "the signature is not of the certified key over these bytes") from None
 
 
-def _tolerate_serial_zero() -> None:
+def _silence_warnings() -> None:
     """AMD numbers its leaf certificates 0, which cryptography will refuse one day; its version is capped for that.
 
+    A name with a country of twenty letters is a stranger's to choose, and no reason to write on our standard error.
     Not by ``catch_warnings``, which changes what other threads see; the filter is set each time since tests reset it.
     """
     warnings.filterwarnings("ignore", category=CryptographyDeprecationWarning)
+    warnings.filterwarnings("ignore", message="Attribute's length must be", category=UserWarning)
 
 
 def _is_root(certificate: x509.Certificate, pinned: Collection[str]) -> bool:
