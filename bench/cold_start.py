@@ -167,6 +167,7 @@ def report(taken: dict[str, list[float]], artifact: Path, num_threads: int, out:
         num_rounds = max(map(len, taken.values()))
         machine = {"cores": num_threads, "architecture": platform.machine(), "rounds": num_rounds}
         found = {"machine": machine, "model": artifact.name, "seconds": taken, "ratios": ratios}
+        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(found, indent=1) + "\n")
 
 

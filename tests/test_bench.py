@@ -266,11 +266,11 @@ def test_cold_starts_are_measured_where_there_is_a_llama_server(
     taken = {name: [0.2, 0.4] for name in ("llama-server, default", "llama-server, leanest")}
     taken |= {f"pilotlight, {sleep} sleep": [0.1, 0.1] for sleep in ("deep", "light")}
     monkeypatch.setattr("cold_start.measure", lambda *_: taken)
-    args = argparse.Namespace(llama_server="there", threads=1, out=tmp_path)
+    args = argparse.Namespace(llama_server="there", threads=1, out=tmp_path / "results")
     ours, llama = FakePeer(OURS, 0.01), FakePeer("llama-server", 0.02)
     measure_cold_start(SHAPE, {ours: tmp_path / "ours"}, args)
     assert not [*tmp_path.iterdir()]
     measure_cold_start(SHAPE, {ours: tmp_path / "ours", llama: tmp_path / "gguf"}, args)
-    found = json.loads((tmp_path / f"cold-start-{SHAPE.name}.json").read_text())
+    found = json.loads((tmp_path / "results" / f"cold-start-{SHAPE.name}.json").read_text())
     assert found["ratios"]["deep / default"] == pytest.approx([0.5, 0.25])
     assert "deep / default" in capsys.readouterr().out
