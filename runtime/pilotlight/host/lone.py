@@ -32,7 +32,7 @@ from pilotlight.host.departure import MARGIN_S
 from pilotlight.host.inprocess import Prepared, start
 from pilotlight.host.notice import Kind, Notice, ToldNotices, watch
 from pilotlight.host.server import kept_answers_for, signer_of
-from pilotlight.host.serving import KEEP_ALIVE_S
+from pilotlight.host.serving import server_config
 from pilotlight.metering.database import located
 from pilotlight.metering.keyring import Keyring
 from pilotlight.metering.opening import open_ledger
@@ -241,17 +241,7 @@ def resume_token_of(stream: bytes) -> str | None:
 
 class _Server(uvicorn.Server):
     def __init__(self, app: App) -> None:
-        super().__init__(
-            uvicorn.Config(
-                app,
-                log_config=None,
-                access_log=False,
-                lifespan="off",
-                server_header=False,
-                timeout_keep_alive=KEEP_ALIVE_S,
-                timeout_graceful_shutdown=CLOSE_TIMEOUT_S,
-            )
-        )
+        super().__init__(server_config(app, CLOSE_TIMEOUT_S))
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

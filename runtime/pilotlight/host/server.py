@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from pilotlight.api.app import Api
 from pilotlight.api.idempotency import KeptAnswers
@@ -32,7 +33,7 @@ from pilotlight.host.machine import Machine
 from pilotlight.host.notice import Kind, Notice, ToldNotices, open_source, watch
 from pilotlight.host.pooled import Surroundings, cache_dir, open_pooled
 from pilotlight.host.replica_meter import Rate, ReplicaMeter, Seen
-from pilotlight.host.serving import KEEP_ALIVE_S
+from pilotlight.host.serving import server_config
 from pilotlight.host.swap import HostControl
 from pilotlight.host.verified import Verified
 from pilotlight.metering.database import located
@@ -129,18 +130,8 @@ async def _serve(settings: Settings, on_ready: OnReady) -> None:
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, app: object, functions: Deployments, drain_timeout_s: float) -> None:
-        super().__init__(
-            uvicorn.Config(
-                app,  # type: ignore[arg-type]
-                log_config=None,
-                access_log=False,
-                lifespan="off",
-                server_header=False,
-                timeout_keep_alive=KEEP_ALIVE_S,
-                timeout_graceful_shutdown=int(drain_timeout_s) + CLOSE_TIMEOUT_S,
-            )
-        )
+    def __init__(self, app: ASGIApp, functions: Deployments, drain_timeout_s: float) -> None:
+        super().__init__(server_config(app, int(drain_timeout_s) + CLOSE_TIMEOUT_S))
         self.told = ToldNotices()
         self._functions = functions
         self._drain_timeout_s = drain_timeout_s

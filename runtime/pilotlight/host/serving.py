@@ -1,4 +1,4 @@
-"""Serving an application that is none of our functions: the key server, and the proxy on a client's machine."""
+"""How every server of ours is run, and those of no function: the key server, and the proxy on a client's machine."""
 
 from __future__ import annotations
 
@@ -20,6 +20,19 @@ KEEP_ALIVE_S = 75
 Tls = tuple[Path, Path | None]
 
 
+def server_config(app: ASGIApp, graceful_s: int | None = None) -> uvicorn.Config:
+    """Return how a server is run. After a signal it waits so long for connections to end, without a limit if None."""
+    return uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=graceful_s,
+    )
+
+
 def serve_app(app: ASGIApp, address: str, port: int, on_ready: Callable[[str], None], tls: Tls | None = None) -> None:
     """Serve until SIGTERM or SIGINT. ``on_ready`` gets the base URL once the port is open.
 
@@ -34,14 +47,7 @@ def serve_app(app: ASGIApp, address: str, port: int, on_ready: Callable[[str], N
         why = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
         raise ConfigError(f"cannot listen on {address}:{port}: {why}") from error
     with listener:
-        config = uvicorn.Config(
-            app,
-            log_config=None,
-            access_log=False,
-            lifespan="off",
-            server_header=False,
-            timeout_keep_alive=KEEP_ALIVE_S,
-        )
+        config = server_config(app)
         if tls is not None:
             config.ssl_certfile, config.ssl_keyfile = tls
         try:
