@@ -69,13 +69,12 @@ class StepTimes:
         """Return the seconds of so many decode steps in a row, the first at a mean context of so many tokens."""
         a, b = self.decode_line(graph, num_rows)
         a = max(a / 2, a + self._host.step_ms + self._host.row_ms * num_rows)
-        return (num_steps * (a + b * context_tokens) + b * num_steps * (num_steps - 1) / 2) * self._scale
+        return _steps(a, b, context_tokens, num_steps) * self._scale
 
     def after_prefill_s(self, graph: DecodeGraph, num_rows: int, context_tokens: float, num_steps: int = 1) -> float:
         """Return how many seconds longer as many decode steps take where each comes behind a prompt's run."""
         a, b = self.decode_line(graph, num_rows)
-        steps = num_steps * (a + b * context_tokens) + b * num_steps * (num_steps - 1) / 2
-        return steps * self._after_prefill * self._scale
+        return _steps(a, b, context_tokens, num_steps) * self._after_prefill * self._scale
 
     def prefill_s(self, chunk_tokens: int, past_tokens: int, num_steps: int = 1) -> float:
         """Return the seconds of so many chunks in a row, the first behind so many tokens."""
@@ -98,6 +97,11 @@ class StepTimes:
     def _decode_line(self, graph: DecodeGraph, num_rows: int) -> Line:
         lines = self.decode_lines.get(graph.value) or self.decode_lines[DecodeGraph.MAIN.value]
         return lines.line(num_rows)
+
+
+def _steps(a: float, b: float, context_tokens: float, num_steps: int) -> float:
+    """Return what so many steps in a row take, each of them ``a`` and ``b`` for each token of a context that grows."""
+    return num_steps * (a + b * context_tokens) + b * num_steps * (num_steps - 1) / 2
 
 
 def _lines(points: list[tuple[int, int, float]]) -> Lines:
