@@ -126,9 +126,15 @@ FIRST_LAYER = "*.layers.0.*"
 ROTARY: Rules = (("rotary*", Halves()),)
 
 _W8A8: Rules = (("*", Columns()),)
-_INT4: Rules = (*ROTARY, (FIRST_LAYER, INT8), ("*", INT4))
-_INT4_BLOCKS64: Rules = (*ROTARY, (FIRST_LAYER, INT8), ("*", INT4_BLOCKS64))
-_INT4_BLOCKS128: Rules = (*ROTARY, (FIRST_LAYER, INT8), ("*", INT4_BLOCKS128))
+
+
+def _int4(blocks: Blocks) -> Rules:
+    return (*ROTARY, (FIRST_LAYER, INT8), ("*", blocks))
+
+
+def _batches(blocks: Blocks) -> GraphRecipe:
+    """Return the second graph of a hybrid, which shares the embedding with the first."""
+    return GraphRecipe(((EMBEDDING, blocks), *ROTARY, *_W8A8))
 
 
 def _with_heads(scheme: Scheme, rules: Rules) -> Rules:
@@ -136,27 +142,27 @@ def _with_heads(scheme: Scheme, rules: Rules) -> Rules:
     return ((EMBEDDING, scheme), (HEAD, scheme), *rules)
 
 
-_BATCHES = GraphRecipe(((EMBEDDING, INT4), *ROTARY, *_W8A8))
-_BATCHES_BLOCKS64 = GraphRecipe(((EMBEDDING, INT4_BLOCKS64), *ROTARY, *_W8A8))
-_BATCHES_BLOCKS128 = GraphRecipe(((EMBEDDING, INT4_BLOCKS128), *ROTARY, *_W8A8))
-
 EXACT = Recipe("fp32", "fp32", GraphRecipe())
 _ALL = (
     EXACT,
     Recipe("fp16", "fp16", GraphRecipe(dtype="float16")),
     Recipe("int8", "int8", GraphRecipe((*ROTARY, ("*", INT8)))),
     Recipe("w8a8", "w8a8", GraphRecipe(_with_heads(INT8, (*ROTARY, *_W8A8)))),
-    Recipe("int4", "int4", GraphRecipe(_INT4)),
-    Recipe("int4-heads8", "int4", GraphRecipe(_with_heads(INT8, _INT4))),
-    Recipe("int4-blocks64", "int4", GraphRecipe(_INT4_BLOCKS64)),
+    Recipe("int4", "int4", GraphRecipe(_int4(INT4))),
+    Recipe("int4-heads8", "int4", GraphRecipe(_with_heads(INT8, _int4(INT4)))),
+    Recipe("int4-blocks64", "int4", GraphRecipe(_int4(INT4_BLOCKS64))),
     Recipe("int4-uniform", "int4", GraphRecipe((*ROTARY, ("*", INT4)))),
     Recipe("int4-nearest", "int4", GraphRecipe((*ROTARY, ("*", INT4_NEAREST)))),
     Recipe("int4-fp16", "int4", GraphRecipe((*ROTARY, ("*", INT4)), dtype="float16")),
-    Recipe("int4-cache8", "int4", GraphRecipe(_INT4), has_int8_cache=True),
-    Recipe("hybrid", "hybrid", GraphRecipe(_INT4), _BATCHES, has_int8_cache=True),
-    Recipe("hybrid-cache32", "hybrid", GraphRecipe(_INT4), _BATCHES),
-    Recipe("hybrid-blocks64", "hybrid", GraphRecipe(_INT4_BLOCKS64), _BATCHES_BLOCKS64, has_int8_cache=True),
-    Recipe("hybrid-blocks128", "hybrid", GraphRecipe(_INT4_BLOCKS128), _BATCHES_BLOCKS128, has_int8_cache=True),
+    Recipe("int4-cache8", "int4", GraphRecipe(_int4(INT4)), has_int8_cache=True),
+    Recipe("hybrid", "hybrid", GraphRecipe(_int4(INT4)), _batches(INT4), has_int8_cache=True),
+    Recipe("hybrid-cache32", "hybrid", GraphRecipe(_int4(INT4)), _batches(INT4)),
+    Recipe(
+        "hybrid-blocks64", "hybrid", GraphRecipe(_int4(INT4_BLOCKS64)), _batches(INT4_BLOCKS64), has_int8_cache=True
+    ),
+    Recipe(
+        "hybrid-blocks128", "hybrid", GraphRecipe(_int4(INT4_BLOCKS128)), _batches(INT4_BLOCKS128), has_int8_cache=True
+    ),
 )
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in _ALL}
 PRECISIONS: tuple[str, ...] = tuple(dict.fromkeys(recipe.precision for recipe in _ALL))
