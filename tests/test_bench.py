@@ -226,21 +226,30 @@ def test_steady_speed_leaves_out_prefill_and_total_does_not() -> None:
     assert total_tokens_per_s(answers) == pytest.approx(8 / 5)
 
 
+@contextmanager
+def script_process(script: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a script that prints a line once it is ready, and ends with its input."""
+    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdout.readline()
+        yield process
+        process.stdin.close()
+
+
 def test_memory_of_a_process_is_anonymous_and_mapped() -> None:
     script = (
         "import os, sys; print(flush=True); sys.stdin.readline()\n"
         "held = bytearray(os.urandom(1) * (64 << 20)); print(flush=True); sys.stdin.read()"
     )
-    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    with script_process(script) as process:
+        before = resident(process.pid)
         assert process.stdin is not None
         assert process.stdout is not None
-        process.stdout.readline()
-        before = resident(process.pid)
         process.stdin.write(b"\n")
         process.stdin.flush()
         process.stdout.readline()
         after = resident(process.pid)
-        process.stdin.close()
     assert 60 < after.anonymous_mib - before.anonymous_mib < 70
     assert before.mapped_mib > 1
 
@@ -251,12 +260,8 @@ def test_memory_that_forked_processes_share_is_counted_once() -> None:
         "if child: print(flush=True)\n"
         "sys.stdin.read(); os.waitpid(child, 0) if child else None"
     )
-    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        process.stdout.readline()
+    with script_process(script) as process:
         shared = resident(process.pid)
-        process.stdin.close()
     assert 64 < shared.anonymous_mib < 110
 
 

@@ -9,11 +9,7 @@ import os
 import time
 from collections.abc import Callable
 
-from hypothesis import settings
-
 MINUTES_A_FILE = 10.0
-steady = settings(derandomize=True, database=None)
-"""For a test over foreign bytes: a change that has nothing to do with it never meets a fault that chance brings up."""
 
 
 def seconds_each(num_tests: int) -> float:

@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.types import ASGIApp
 
-from confidential.soaking import steady
 from pilotlight.api.encrypted_bodies import EncryptedBodies
 from pilotlight.artifact import Artifact
 from pilotlight.confidential.ehbp import (
@@ -284,7 +283,6 @@ def _response(num_frames: int) -> tuple[ResponseCipher, list[bytes]]:
     return sent.response(nonce), frames
 
 
-@steady
 @given(st.integers(1, 6), st.data())
 def test_a_response_opens_as_it_was_sealed_or_not_at_all(num_frames: int, data: st.DataObject) -> None:
     opener, frames = _response(num_frames)
@@ -305,7 +303,6 @@ def test_a_response_opens_as_it_was_sealed_or_not_at_all(num_frames: int, data: 
     assert not opener.ended, "an altered response looks complete"
 
 
-@steady
 @given(st.lists(st.binary(max_size=40), max_size=6), st.randoms(use_true_random=False))
 def test_frames_are_the_same_however_they_arrive(texts: list[bytes], rng: random.Random) -> None:
     whole = b"".join(map(framed, texts))
@@ -319,7 +316,6 @@ def test_frames_are_the_same_however_they_arrive(texts: list[bytes], rng: random
     assert found == [text for text in texts if text]
 
 
-@steady
 @given(st.binary(max_size=200))
 def test_any_bytes_are_frames_or_refused(content: bytes) -> None:
     frames = Frames(64)
@@ -331,7 +327,6 @@ def test_any_bytes_are_frames_or_refused(content: bytes) -> None:
     assert all(0 < len(frame) <= 64 for frame in found)
 
 
-@steady
 @given(st.binary(max_size=64))
 def test_any_bytes_are_a_key_or_refused(content: bytes) -> None:
     try:

@@ -28,7 +28,6 @@ from hypothesis import strategies as st
 from joserfc.jwk import ECKey, RSAKey
 from moto import mock_aws
 
-from confidential.soaking import steady
 from evidence_files import evidence_file
 from pilotlight.artifact import Artifact
 from pilotlight.confidential.appraisal import Evidence, Kind, Policy
@@ -323,7 +322,6 @@ def test_another_version_of_the_protocol_is_refused(simulator: Simulator, keys_d
     assert "0.4.0" in answer.json()["detail"]
 
 
-@steady
 @given(path=st.sampled_from(["auth", "attest"]), body=st.binary(max_size=200))
 def test_any_body_is_answered_with_a_problem(simulator: Simulator, path: str, body: bytes) -> None:
     client = Wire(KeyServer(policy(simulator), Path("nowhere"))).client()
@@ -332,7 +330,6 @@ def test_any_body_is_answered_with_a_problem(simulator: Simulator, path: str, bo
     assert answer.headers["content-type"] == "application/problem+json"
 
 
-@steady
 @given(status=st.sampled_from([200, 200, 401, 500]), content=st.binary(max_size=200) | st.just(b'{"nonce": "AA=="}'))
 def test_any_answer_of_a_key_server_is_a_refusal(simulator: Simulator, status: int, content: bytes) -> None:
     client = httpx.Client(transport=httpx.MockTransport(lambda _: httpx.Response(status, content=content)))
@@ -549,7 +546,6 @@ def test_the_sample_of_aws_is_read_and_is_not_for_us(vault_key: rsa.RSAPrivateKe
         open_enveloped(sample, vault_key)
 
 
-@steady
 @given(st.data())
 def test_a_mutated_envelope_is_refused_or_harmless(vault_key: rsa.RSAPrivateKey, data: st.DataObject) -> None:
     good = bytearray(enveloped(vault_key.public_key(), KEY))
@@ -561,7 +557,6 @@ def test_a_mutated_envelope_is_refused_or_harmless(vault_key: rsa.RSAPrivateKey,
         return
 
 
-@steady
 @given(st.binary(max_size=300))
 def test_any_bytes_in_place_of_an_envelope_are_refused(vault_key: rsa.RSAPrivateKey, content: bytes) -> None:
     with pytest.raises(KeyNotReleased):

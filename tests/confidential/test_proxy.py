@@ -21,7 +21,6 @@ from hypothesis import strategies as st
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from confidential.served import Change, Middle, flipped
-from confidential.soaking import steady
 from pilotlight.api.encrypted_bodies import EncryptedBodies
 from pilotlight.api.receipts import Receipts
 from pilotlight.artifact import Artifact
@@ -421,7 +420,6 @@ def test_bodies_that_cannot_be_forwarded_are_refused(run: Run) -> None:
     run(scenario)
 
 
-@steady
 @given(content=st.binary(max_size=300))
 def test_any_bytes_are_no_attestation_no_receipt_and_no_air(simulator: Simulator, content: bytes) -> None:
     with pytest.raises(PilotlightError):
@@ -446,7 +444,6 @@ def a_receipt(toy_artifact: Artifact, tmp_path_factory: pytest.TempPathFactory, 
     return next((directory / "receipts").iterdir()).read_bytes()
 
 
-@steady
 @given(data=st.data())
 def test_a_mutated_receipt_is_refused(a_receipt: bytes, simulator: Simulator, data: st.DataObject) -> None:
     mutated = bytearray(a_receipt)
@@ -460,7 +457,6 @@ def test_a_mutated_receipt_is_refused(a_receipt: bytes, simulator: Simulator, da
     assert profile == verify_receipt(a_receipt, SIGNING_KEY.public_key()), "what is accepted says the same"
 
 
-@steady
 @given(data=st.data())
 def test_a_mutated_air_is_refused(a_receipt: bytes, data: st.DataObject) -> None:
     mutated = bytearray(base64.b64decode(json.loads(a_receipt)["air"]))

@@ -17,7 +17,6 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from hypothesis import given
 from hypothesis import strategies as st
 
-from confidential.soaking import steady
 from pilotlight.artifact import GRAPH, MANIFEST, SEALED_MANIFEST, TOKENIZER, WEIGHTS, Artifact, open_artifact
 from pilotlight.confidential.chunks import AlteredChunk, FileCipher, Layout, commitment
 from pilotlight.confidential.key_release import KeyNotReleased, Unsealing
@@ -239,7 +238,6 @@ def test_another_key_is_noticed_before_anything_is_decrypted(sealed: Sealed) -> 
             open_sealed(sealed.path, msgspec.structs.replace(grant, key=key))
 
 
-@steady
 @given(st.binary(max_size=200), st.integers(16, 64), st.data())
 def test_a_chunk_opens_in_its_own_place_only(text: bytes, chunk_bytes: int, data: st.DataObject) -> None:
     key, seal_id = bytes(range(32)), bytes(32)
@@ -272,14 +270,12 @@ def test_a_chunk_opens_in_its_own_place_only(text: bytes, chunk_bytes: int, data
         cipher.open_into(index, bytes(flipped), memoryview(bytearray(size)))
 
 
-@steady
 @given(st.binary(max_size=300))
 def test_any_bytes_in_place_of_a_sealed_manifest_are_refused(raw: bytes) -> None:
     with pytest.raises(ArtifactError):
         decode_sealed_manifest(raw, Path("sealed.json"))
 
 
-@steady
 @given(st.randoms(use_true_random=False))
 def test_a_mutated_sealed_manifest_is_refused_or_well_formed(sealed_once: Sealed, rng: random.Random) -> None:
     raw = bytearray((sealed_once.path / SEALED_MANIFEST).read_bytes())
