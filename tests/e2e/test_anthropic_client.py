@@ -172,7 +172,11 @@ def test_arguments_are_streamed_to_the_async_client(server: ServerProcess) -> No
         async with (
             anthropic.AsyncAnthropic(base_url=server.url, api_key="none", max_retries=0) as client,
             client.messages.stream(
-                model="demo", max_tokens=100, messages=user("3 + 4?"), tools=[ADD], tool_choice={"type": "any"}
+                model="demo",
+                max_tokens=100,
+                messages=user("3 + 4?"),
+                tools=[ADD],
+                tool_choice={"type": "any", "disable_parallel_tool_use": True},
             ) as stream,
         ):
             written = "".join([event.partial_json async for event in stream if event.type == "input_json"])
