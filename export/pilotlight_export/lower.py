@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from fnmatch import fnmatchcase
 from itertools import count
 from pathlib import Path
@@ -12,8 +12,11 @@ import onnx_ir as ir
 
 from pilotlight.artifact import BATCH_GRAPH, GRAPH, PREFILL_GRAPH, PREFILL_WEIGHTS, WEIGHTS
 from pilotlight_export.fuse.graph import ABSTRACT, KERNELS, Array, add_node, array_of, named, operand
+from pilotlight_export.fuse.linear import unpack_linear
+from pilotlight_export.graph_writer import GraphWriter
+from pilotlight_export.int8_products import Int8Products
 from pilotlight_export.kv_cache import Scales, quantize_cache
-from pilotlight_export.quantize import QuantizedBlocks, quantize_blocks, quantize_columns
+from pilotlight_export.quantize import QuantizedBlocks, quantize_blocks
 from pilotlight_export.recipes import (
     EMBEDDING,
     HEAD,
@@ -23,10 +26,13 @@ from pilotlight_export.recipes import (
     GraphRecipe,
     Halves,
     Recipe,
+    Scheme,
 )
 from pilotlight_export.weights import WeightFile
 
 IR_VERSION = 10
+OPSET = 21
+"""The first in which QuantizeLinear takes blocks. What our graphs have of earlier ones means the same in it."""
 
 OnWeight = Callable[[int, int], None]
 QuantizedHeads = dict[tuple[str, Blocks], QuantizedBlocks]
@@ -84,7 +90,7 @@ def _lowered(
         _compute_in_halves(model.graph)
     model.graph.sort()
     model.ir_version = IR_VERSION
-    model.graph.opset_imports[KERNELS] = 1
+    model.graph.opset_imports.update({"": OPSET, KERNELS: 1})
     return model
 
 
@@ -98,16 +104,18 @@ class _Lowering:
         self._recipe = recipe
         self._weights = weights
         self._heads = heads
+        self._writer = GraphWriter(graph, weights)
+        self._int8_products = Int8Products(self._writer, self._is_int8)
         self._embeddings = {named(operand(node, 0)) for node in graph if node.op_type == "Embedding"}
-        self._stored: dict[str, ir.Value] = {}
         self._widened: dict[str, ir.Value] = {}
 
     def replace(self, node: ir.Node) -> None:
-        new = self._embedding(node) if node.op_type == "Embedding" else self._linear(node)
-        old = node.outputs[0]
-        new.name, new.type, new.shape = old.name, old.type, old.shape
-        old.replace_all_uses_with(new, replace_graph_outputs=True)
-        self._graph.remove(node, safe=True)
+        for part in unpack_linear(self._graph, node) if self._is_int8(node) else [node]:
+            new = self._embedding(part) if part.op_type == "Embedding" else self._linear(part)
+            old = part.outputs[0]
+            new.name, new.type, new.shape = old.name, old.type, old.shape
+            old.replace_all_uses_with(new, replace_graph_outputs=True)
+            self._graph.remove(part, safe=True)
 
     def store_rest(self) -> None:
         """Store what no lowering has stored (norms, biases, rotary caches) and drop weights that are no longer used."""
@@ -118,7 +126,7 @@ class _Lowering:
                 widened = self._widen(f"{name}.half", array_of(value).astype(np.float16))
                 value.replace_all_uses_with(widened)
                 del self._graph.initializers[name]
-            elif name not in self._stored:
+            elif name not in self._writer:
                 value.const_value = self._weights.add(name, self._narrow(array_of(value)))
                 value.type = ir.TensorType(value.const_value.dtype)
 
@@ -126,30 +134,39 @@ class _Lowering:
         weight, token_ids = operand(node, 0), operand(node, 1)
         scheme = self._recipe.scheme_for(named(weight))
         if scheme is None:
-            return self._add("Gather", [weight, token_ids], _name(node), {"axis": 0})
+            return self._writer.add("Gather", [weight, token_ids], _name(node), {"axis": 0})
         assert isinstance(scheme, Blocks), "an embedding is looked up, not multiplied"
         quantized = self._quantized(weight, scheme)
-        rows = self._store(f"{named(weight)}.rows", quantized.packed.reshape(len(quantized.packed), -1))
+        rows = self._writer.store(f"{named(weight)}.rows", quantized.packed.reshape(len(quantized.packed), -1))
         attributes = {"bits": scheme.bits, "block_size": scheme.block_size, "gather_axis": 0, "quantize_axis": 1}
         inputs = [rows, token_ids, *self._grid(weight, quantized)]
-        return self._add_kernel("GatherBlockQuantized", inputs, _name(node), attributes)
+        return self._writer.add_kernel("GatherBlockQuantized", inputs, _name(node), attributes)
 
     def _linear(self, node: ir.Node) -> ir.Value:
-        weight = operand(node, 1)
-        scheme = self._recipe.scheme_for(TIED_HEAD if named(weight) in self._embeddings else named(weight))
+        weight, scheme = operand(node, 1), self._scheme(node)
         if isinstance(scheme, Blocks):
             return self._block_product(node, weight, scheme)
         if isinstance(scheme, Columns):
-            return self._biased(node, self._int8_product(node, weight, scheme))
+            return self._biased(node, self._int8_products.product(node, scheme))
         if len(weight.uses()) > 1:  # a tied head reads the embedding as it lies, so that the bytes are stored once
-            return self._add("Gemm", node.inputs, _name(node), {"transB": 1})
-        transposed = self._store(f"{named(weight)}.transposed", self._narrow(array_of(weight).T))
-        return self._biased(node, self._add("MatMul", [operand(node, 0), transposed], _name(node)))
+            return self._writer.add("Gemm", node.inputs, _name(node), {"transB": 1})
+        transposed = self._writer.store(f"{named(weight)}.transposed", self._narrow(array_of(weight).T))
+        return self._biased(node, self._writer.add("MatMul", [operand(node, 0), transposed], _name(node)))
+
+    def _is_int8(self, node: ir.Node) -> bool:
+        return node.op_type == "Linear" and isinstance(self._scheme(node), Columns)
+
+    def _scheme(self, linear: ir.Node) -> Scheme | None:
+        weight = named(operand(linear, 1))
+        return self._recipe.scheme_for(TIED_HEAD if weight in self._embeddings else weight)
 
     def _block_product(self, node: ir.Node, weight: ir.Value, scheme: Blocks) -> ir.Value:
         quantized = self._quantized(weight, scheme)
         grid = self._grid(weight, quantized)
-        inputs: list[ir.Value | None] = [operand(node, 0), self._store(f"{named(weight)}.packed", quantized.packed)]
+        inputs: list[ir.Value | None] = [
+            operand(node, 0),
+            self._writer.store(f"{named(weight)}.packed", quantized.packed),
+        ]
         if len(node.inputs) > 2:
             inputs += [grid[0], grid[1] if len(grid) > 1 else None, None, node.inputs[2]]
         else:
@@ -161,37 +178,18 @@ class _Lowering:
             "block_size": scheme.block_size,
             "accuracy_level": self._recipe.accuracy_level,
         }
-        return self._add_kernel("MatMulNBits", inputs, _name(node), attributes)
-
-    def _int8_product(self, node: ir.Node, weight: ir.Value, scheme: Columns) -> ir.Value:
-        """Scale each token to its own maximum, multiply in int8, and scale back.
-
-        No token sees another one's maximum, so a row's result does not depend on the rows beside it. Of a token that is
-        all zeros, the ratios are no numbers; whatever integers they become are scaled back by zero.
-        """
-        quantized = quantize_columns(array_of(weight), scheme)
-        integers = self._store(f"{named(weight)}.integers", quantized.integers)
-        scales = self._store(f"{named(weight)}.column_scales", quantized.scales)
-        name, x = _name(node), operand(node, 0)
-        axes = self._store("last_axis", np.array([-1]))
-        step, middle = self._store("int8_step", _float(1 / 127)), self._store("int8_middle", np.array(128, np.uint8))
-        maximum = self._add("ReduceMax", [self._add("Abs", [x], f"{name}/Abs"), axes], f"{name}/ReduceMax")
-        ratio = self._add("Div", [x, maximum], f"{name}/Div")
-        tokens = self._add("QuantizeLinear", [ratio, step, middle], f"{name}/QuantizeLinear")
-        inputs = [tokens, integers, step, scales, middle]
-        product = self._add_kernel("MatMulIntegerToFloat", inputs, f"{name}/MatMulIntegerToFloat", {})
-        return self._add("Mul", [product, maximum], name)
+        return self._writer.add_kernel("MatMulNBits", inputs, _name(node), attributes)
 
     def _biased(self, node: ir.Node, product: ir.Value) -> ir.Value:
         if len(node.inputs) < 3:
             return product
         product.name = f"{_name(node)}/product"
-        return self._add("Add", [product, node.inputs[2]], f"{_name(node)}/bias")
+        return self._writer.add("Add", [product, node.inputs[2]], f"{_name(node)}/bias")
 
     def _grid(self, weight: ir.Value, quantized: QuantizedBlocks) -> list[ir.Value]:
         grid = [self._widen(f"{named(weight)}.scales", quantized.scales)]
         if quantized.zero_points is not None:
-            grid.append(self._store(f"{named(weight)}.zero_points", quantized.zero_points))
+            grid.append(self._writer.store(f"{named(weight)}.zero_points", quantized.zero_points))
         return grid
 
     def _widen(self, name: str, halves: Array) -> ir.Value:
@@ -200,10 +198,12 @@ class _Lowering:
         A graph that computes in float16 takes it as it is.
         """
         if self._recipe.dtype == "float16":
-            return self._store(name, halves)
+            return self._writer.store(name, halves)
         if name not in self._widened:
             attributes = {"to": ir.DataType.FLOAT.value}
-            self._widened[name] = self._add("Cast", [self._store(name, halves)], f"{name}/Cast", attributes)
+            self._widened[name] = self._writer.add(
+                "Cast", [self._writer.store(name, halves)], f"{name}/Cast", attributes
+            )
         return self._widened[name]
 
     def _quantized(self, weight: ir.Value, scheme: Blocks) -> QuantizedBlocks:
@@ -218,29 +218,6 @@ class _Lowering:
 
     def _narrow(self, array: Array) -> Array:
         return array.astype(self._recipe.dtype) if array.dtype == np.float32 else array
-
-    def _store(self, name: str, array: Array) -> ir.Value:
-        """Register a tensor as an initializer, or return the one of that name."""
-        if name not in self._stored:
-            tensor = self._weights.add(name, array)
-            value = ir.val(name, dtype=tensor.dtype, shape=ir.Shape(array.shape), const_value=tensor)
-            self._graph.register_initializer(value)
-            self._stored[name] = value
-        return self._stored[name]
-
-    def _add(
-        self,
-        op_type: str,
-        inputs: Sequence[ir.Value | None],
-        name: str,
-        attributes: Mapping[str, int | float] | None = None,
-    ) -> ir.Value:
-        return add_node(self._graph, op_type, inputs, name=name, attributes=attributes).outputs[0]
-
-    def _add_kernel(
-        self, op_type: str, inputs: Sequence[ir.Value | None], name: str, attributes: Mapping[str, int | float]
-    ) -> ir.Value:
-        return add_node(self._graph, op_type, inputs, name=name, attributes=attributes, domain=KERNELS).outputs[0]
 
 
 def _compute_in_halves(graph: ir.Graph) -> None:
@@ -260,7 +237,3 @@ def _compute_in_halves(graph: ir.Graph) -> None:
 def _name(node: ir.Node) -> str:
     assert node.name is not None
     return node.name
-
-
-def _float(value: float) -> Array:
-    return np.array(value, np.float32)

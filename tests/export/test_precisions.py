@@ -208,7 +208,7 @@ def test_the_graphs_of_a_hybrid_share_what_is_equal(demo: Lowered) -> None:
     embedding = "model.embed_tokens.weight.rows"
     assert main[embedding] == prefill[embedding] == batch[embedding]
     integers = {name for name in prefill if name.endswith(".integers")}
-    assert len(integers) == 4 * demo.source.shapes.num_layers + 1
+    assert len(integers) == 5 * demo.source.shapes.num_layers + 1
     assert all(prefill[name] == batch[name] for name in integers)
 
 

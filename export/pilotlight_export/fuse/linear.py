@@ -13,6 +13,7 @@ from pilotlight_export.fuse.graph import (
     add_lazy_initializer,
     add_node,
     array_of,
+    chain,
     is_weight,
     operand,
     scope,
@@ -66,6 +67,24 @@ def split_columns(graph: ir.Graph, linear: ir.Node, widths: Sequence[int], name:
     return add_node(graph, "Split", inputs, name=name, outputs=parts, attributes={"axis": -1}).outputs
 
 
+def unpack_linear(graph: ir.Graph, packed: ir.Node) -> list[ir.Node]:
+    """Undo ``split_columns`` of ``pack_linears``: return a ``Linear`` for each part, or the one that is not split."""
+    found = chain(packed.outputs[0], "Split")
+    if found is None:
+        return [packed]
+    (split,) = found
+    ends = np.cumsum(array_of(operand(split, 1))).tolist()
+    linears = []
+    for part, start, end in zip(split.outputs, [0, *ends], ends, strict=False):
+        sliced = [_sliced(graph, operand(packed, index), start, end) for index in range(1, len(packed.inputs))]
+        inputs = [operand(packed, 0), *sliced]
+        linears.append(add_node(graph, "Linear", inputs, name=f"{packed.name}/{start}", domain=ABSTRACT))
+        linears[-1].outputs[0].type, linears[-1].outputs[0].shape = part.type, part.shape
+        part.replace_all_uses_with(linears[-1].outputs[0])
+    graph.remove([split, packed], safe=True)
+    return linears
+
+
 def _transposed_weight(node: ir.Node) -> ir.Value | None:
     if node.op_type != "MatMul":
         return None
@@ -107,3 +126,12 @@ def _concatenated(graph: ir.Graph, weights: Sequence[ir.Value], name: str) -> ir
         return ir.tensor(np.concatenate([array_of(weight) for weight in weights]), name=name)
 
     return add_lazy_initializer(graph, ir.LazyTensor(concatenate, ir.DataType.FLOAT, shape, name=name))
+
+
+def _sliced(graph: ir.Graph, weight: ir.Value, start: int, end: int) -> ir.Value:
+    shape, name = ir.Shape([end - start, *weight_shape(weight)[1:]]), f"{weight.name}.{start}"
+
+    def cut() -> ir.TensorProtocol:
+        return ir.tensor(array_of(weight)[start:end], name=name)
+
+    return add_lazy_initializer(graph, ir.LazyTensor(cut, ir.DataType.FLOAT, shape, name=name))
