@@ -257,7 +257,8 @@ class Run:
 
     def _state(self, node: Node) -> dict[str, Any]:
         open_streams = sum(stream.usage is None for stream in self.streams)
-        return {"node": node.name, "num_open_streams": open_streams, "num_processes": len(node.pids())}
+        return {"node": node.name, "num_open_streams": open_streams, "num_processes": len(node.pids()),
+                "added_niceness": node.added_niceness()}  # fmt: skip
 
     def _pauses(self) -> list[str]:
         """Return the longest pause, and every sixth after it, each with when it began and ended."""

@@ -29,6 +29,8 @@ ENVIRONMENT = {
     "RAY_DISABLE_IMPORT_WARNING": "1",
     "RAY_SERVE_ENABLE_TASK_EVENTS": "0",
     "RAY_SERVE_PROXY_PREFER_LOCAL_NODE_ROUTING": "0",
+    # Ray's default is 15: whatever else runs on the machine comes before its replicas then
+    "RAY_worker_niceness": "0",
     # how soon a silent node counts as dead; a killed one is noticed by its connections
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_failure_threshold": "5",
@@ -87,6 +89,14 @@ class Node:
     def pids(self) -> list[int]:
         """Return all processes that run on this machine."""
         return pids_of(self.namespace)
+
+    def added_niceness(self) -> int:
+        """Return by how much the nicest process on this machine is nicer than this one."""
+        found = 0
+        for pid in self.pids():
+            with contextlib.suppress(ProcessLookupError):
+                found = max(found, os.getpriority(os.PRIO_PROCESS, pid) - os.getpriority(os.PRIO_PROCESS, 0))
+        return found
 
     def kill(self) -> int:
         """kill -9 everything on this machine, at once; return how many processes that were."""
