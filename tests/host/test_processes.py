@@ -28,7 +28,8 @@ pytestmark = [pytest.mark.e2e, pytest.mark.model]
 BODY: dict[str, Any] = {
     "model": "demo", "prompt": "Once", "max_tokens": 300, "ignore_eos": True, "return_token_ids": True,
 }  # fmt: skip
-SEEDED = {"temperature": 0.9, "seed": 7, "frequency_penalty": 0.3, "repetition_penalty": 1.1}
+SEEDED = {"temperature": 0.9, "seed": 54, "frequency_penalty": 0.3, "repetition_penalty": 1.1}
+"""With this seed no draw is near another token: noise a hundred times as large as rounding changes none of them."""
 GREEDY = {"temperature": 0.0}
 
 

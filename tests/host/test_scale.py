@@ -20,9 +20,10 @@ from support import PATIENCE_S, ServerProcess, config_process
 pytestmark = [pytest.mark.e2e, pytest.mark.model]
 
 BODY: dict[str, Any] = {
-    "model": "demo", "prompt": [*range(5, 21)], "max_tokens": 300, "return_token_ids": True, "temperature": 0,
+    "model": "demo", "prompt": [*range(10, 26)], "max_tokens": 300, "return_token_ids": True, "temperature": 0,
     "ignore_eos": True, "logit_bias": {"2": -100},
 }  # fmt: skip
+"""Greedy behind this prompt, no two tokens are near each other: rounding, which hangs on the machine, changes none."""
 
 
 def replicas(server: ServerProcess) -> list[int]:
