@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from pace import Pace
 from pilotlight.metering.ledger_reader import LedgerReader
@@ -43,7 +43,7 @@ TOOL: Any = {
 
 
 class Sum(BaseModel):
-    total: int
+    total: int = Field(ge=0, le=99)
     parts: tuple[bool, bool]
 
 
@@ -58,8 +58,10 @@ def test_openai_parses_structured_answers(client: openai.OpenAI) -> None:
 
 
 def test_openai_calls_tools(client: openai.OpenAI) -> None:
-    answer = client.chat.completions.create(model="demo", messages=MESSAGES, tools=[TOOL], tool_choice="required")
-    (call, *_) = answer.choices[0].message.tool_calls or []
+    answer = client.chat.completions.create(
+        model="demo", messages=MESSAGES, tools=[TOOL], tool_choice="required", parallel_tool_calls=False
+    )
+    (call,) = answer.choices[0].message.tool_calls or []
     assert answer.choices[0].finish_reason == "tool_calls"
     assert call.type == "function"
     assert json.loads(call.function.arguments)["city"] in ("Bern", "Oslo")
@@ -78,7 +80,7 @@ def test_openai_calls_tools(client: openai.OpenAI) -> None:
 
 def test_openai_gets_choices_and_log_probabilities(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(
-        model="demo", messages=MESSAGES, n=3, logprobs=True, top_logprobs=2, max_tokens=4, temperature=1
+        model="demo", messages=MESSAGES, n=3, logprobs=True, top_logprobs=2, max_tokens=4, temperature=1, seed=1
     )
     assert [choice.index for choice in answer.choices] == [0, 1, 2]
     for choice in answer.choices:
@@ -219,7 +221,8 @@ wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, 
 held = litellm.completion(**common, response_format=wanted)
 later = asyncio.run(litellm.acompletion(**common, max_tokens=8))
 async def more():
-    stream = await litellm.acompletion(**common, stream=True, tools=[tool], tool_choice="required")
+    forced = dict(tools=[tool], tool_choice="required", parallel_tool_calls=False)
+    stream = await litellm.acompletion(**common, stream=True, **forced)
     pieces = [delta async for chunk in stream for delta in (chunk.choices[0].delta.tool_calls or [])]
     with pace.slow():
         endless = await litellm.acompletion(**common, stream=True, max_tokens=400, extra_body={"ignore_eos": True})
