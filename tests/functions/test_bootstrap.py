@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
 import platform as machine
 import queue
+import random
 import signal
 import socket
 import subprocess
@@ -276,5 +278,12 @@ def _emulated(emulator: Path, variables: dict[str, str]) -> Iterator[Any]:
 
 
 def _free_ports() -> tuple[int, int]:
-    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
-        return one.getsockname()[1], other.getsockname()[1]
+    """Return two ports that nobody has, and that the system gives nobody by itself before the emulator is there."""
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    untouched = range(1025, lowest) or range(1025, 65536)
+    found: set[int] = set()
+    while len(found) < 2:
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", random.choice(untouched))) as one:
+            found.add(one.getsockname()[1])
+    one_port, other_port = found
+    return one_port, other_port
