@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from pilotlight.artifact import KV_SCALES, KV_STEPS
 from pilotlight_export.fuse.graph import named, operand
+from pilotlight_export.graph_writer import GraphWriter
 from pilotlight_export.verify.graph_runner import GraphRunner, Graphs, TokenIds
 from pilotlight_export.weights import WeightFile
 
@@ -41,25 +42,19 @@ def write_kv_scales(scales: Scales, directory: Path) -> None:
 
 def quantize_cache(model: ir.Model, scales: Scales, weights: WeightFile) -> None:
     """Have every attention of a graph keep its keys and values in 8 bits."""
+    writer = GraphWriter(model.graph, weights)
     for attention in [node for node in model.graph if node.op_type == "GroupQueryAttention"]:
         layer = int(named(operand(attention, 3)).split(".")[1])  # past_key_values.LAYER.key
         attention.resize_inputs(SCALE_INPUTS[-1] + 1)
         for index, part in enumerate(("k", "v")):
             scale = scales[layer, index][None, :, None, :]
-            value = _initializer(model.graph, f"layers.{layer}.{part}_scale", scale, weights)
+            value = writer.store(f"layers.{layer}.{part}_scale", scale)
             attention.replace_input_with(SCALE_INPUTS[index], value)
             attention.attributes.add(ir.AttrString(f"{part}_quant_type", "PER_CHANNEL"))
         attention.attributes.add(ir.AttrInt64("kv_cache_bit_width", 8))
     for value in (*model.graph.inputs, *model.graph.outputs):
         if named(value).startswith(("past_key_values.", "present.")):
             value.type = ir.TensorType(ir.DataType.INT8)
-
-
-def _initializer(graph: ir.Graph, name: str, array: Scales, weights: WeightFile) -> ir.Value:
-    tensor = weights.add(name, array)
-    value = ir.val(name, dtype=tensor.dtype, shape=ir.Shape(array.shape), const_value=tensor)
-    graph.register_initializer(value)
-    return value
 
 
 def _largest(graphs: Graphs, text: TokenIds) -> npt.NDArray[np.float32]:
