@@ -10,6 +10,7 @@ import dataclasses
 import os
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,9 +118,7 @@ def replica_class(max_functions: int) -> type[EngineReplica]:
 
         @serve.multiplexed(max_num_models_per_replica=max_functions)  # type: ignore[untyped-decorator]
         async def load(self, function: str) -> Loaded:
-            loaded = _Evictable(self, function)
-            self._loaded[function] = loaded
-            return loaded
+            return await self.open(function, partial(_Evictable, self, function))
 
         async def __del__(self) -> None:
             await self.close()
@@ -130,8 +129,8 @@ def replica_class(max_functions: int) -> type[EngineReplica]:
 class _Evictable(Loaded):
     """An engine that Serve ends when another function needs its place: by ``__del__``, which it waits for."""
 
-    def __init__(self, replica: EngineReplica, function: str) -> None:
-        super().__init__(replica.specs[function])
+    def __init__(self, replica: EngineReplica, function: str, spec: ReplicaSpec) -> None:
+        super().__init__(spec)
         self._replica = replica
         self._function = function
 

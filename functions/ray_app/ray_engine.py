@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import logging
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 
 from pilotlight.host.attempt import Attempt, FromAttempt, HandOver, Part, read_attempt
 from pilotlight.host.departure import MARGIN_S, Open, plan_departure
@@ -58,6 +58,7 @@ class EngineReplica:
         self.id = replica_id
         self.specs = specs
         self._loaded: dict[str, Loaded] = {}
+        self._opening: dict[str, asyncio.Task[Loaded]] = {}
         self._running: dict[str, Running] = {}
         self._measures = Measures(start_s=0.0)
         self._inter_token_s = 0.0
@@ -68,10 +69,26 @@ class EngineReplica:
             self._keep(asyncio.create_task(watch([source], self.noticed)))
         if len(specs) == 1:
             (function,) = specs
-            self._loaded[function] = Loaded(specs[function])
+            self._start(function, Loaded(specs[function]))
 
     async def engine(self, function: str) -> Loaded:
         """Return a function's engine; a replica of one function has had it from the start."""
+        return self._loaded[function]
+
+    async def open(self, function: str, engine: Callable[[ReplicaSpec], Loaded]) -> Loaded:
+        """Load a function in a thread, so that the streams of others go on; a caller that leaves does not undo it.
+
+        Raises:
+            ArtifactError: the artifact is damaged or cannot be loaded.
+        """
+        if function not in self._opening:
+            self._opening[function] = asyncio.create_task(asyncio.to_thread(engine, self.specs[function]))
+        opening = self._opening[function]
+        try:
+            self._start(function, await asyncio.shield(opening))
+        finally:
+            if opening.done():
+                self._opening.pop(function, None)
         return self._loaded[function]
 
     async def generate(self, payload: bytes, **routing: object) -> AsyncIterator[bytes]:
@@ -117,10 +134,16 @@ class EngineReplica:
         if (loaded := self._loaded.pop(function, None)) is not None:
             await loaded.close()
 
+    def _start(self, function: str, loaded: Loaded) -> None:
+        if self._loaded.get(function) is not loaded:
+            self._loaded[function] = loaded
+            loaded.start()
+
     async def close(self) -> None:
         """End everything; what still runs goes on elsewhere."""
         for task in self._tasks:
             task.cancel()
+        await asyncio.gather(*self._opening.values(), return_exceptions=True)
         for function in list(self._loaded):
             await self.unload(function)
 

@@ -7,6 +7,7 @@ import itertools
 import sys
 import threading
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ import ray_node
 from pilotlight.engine.backend import EngineBackend
 from pilotlight.engine.fake import FakeSession, next_token
 from pilotlight.engine.policy import Policy
+from pilotlight.errors import ArtifactError
 from pilotlight.host.attempt import Attempt, FromAttempt, HandOver, Part, read_answer
 from pilotlight.host.loaded import Loaded
 from pilotlight.host.notice import Kind, Notice
@@ -40,7 +42,6 @@ class Toy(Loaded):
             VOCAB_SIZE, spec.num_slots, spec.max_context_tokens, lambda: next(runs) < 30 or Toy.gate.wait()
         )
         self.backend = EngineBackend(session, max_queued_requests=100)
-        self.backend.start()
         self.start_s = 0.5
         self.stages = Stages("ray", 0.0, 1.0, 2.0, 0.0)
 
@@ -294,6 +295,51 @@ def test_a_function_that_was_loaded_while_its_replica_left_takes_nothing(drained
         return found
 
     assert asyncio.run(scenario()) == [HandOver(2, "f-1")]
+
+
+def test_a_function_is_loaded_beside_the_streams_of_others(drained: list[Notice]) -> None:
+    loading, may_load = threading.Event(), threading.Event()
+    engines: list[Loaded] = []
+
+    def slow_engine(spec: ReplicaSpec) -> Loaded:
+        loading.set()
+        may_load.wait()
+        engines.append(Toy(spec))
+        return engines[-1]
+
+    async def scenario() -> list[list[int]]:
+        replica = EngineReplica("f-1", {"f": SPEC, "g": SPEC}, "")
+        await replica.open("f", Toy)
+        gone = asyncio.create_task(replica.open("g", slow_engine))
+        await asyncio.to_thread(loading.wait)
+        beside = [answer async for answer in answers(replica, Sequence("s", (5,), 3, sampling=GREEDY))]
+        gone.cancel()
+        waiting = asyncio.create_task(replica.open("g", slow_engine))
+        await asyncio.sleep(0)
+        may_load.set()
+        assert await waiting is engines[0]
+        assert gone.cancelled()
+        payload = encode(Attempt("g", Sequence("t", (7,), 3, sampling=GREEDY), 0))
+        behind = [read_answer(answer) async for answer in replica.generate(payload)]
+        await replica.close()
+        return [tokens_of(beside), tokens_of(behind)]
+
+    assert asyncio.run(scenario()) == [expected((5,), 3), expected((7,), 3)]
+    assert len(engines) == 1
+
+
+def test_a_function_that_could_not_be_loaded_is_tried_again(drained: list[Notice]) -> None:
+    def broken(spec: ReplicaSpec) -> Loaded:
+        raise ArtifactError(Path("f"), "it is damaged")
+
+    async def scenario() -> None:
+        replica = EngineReplica("f-1", {"f": SPEC, "g": SPEC}, "")
+        with pytest.raises(ArtifactError, match="damaged"):
+            await replica.open("f", broken)
+        assert isinstance(await replica.open("f", Toy), Toy)
+        await replica.close()
+
+    asyncio.run(scenario())
 
 
 def test_a_replica_leaves_although_ray_cannot_drain_its_node(

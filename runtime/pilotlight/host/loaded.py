@@ -19,7 +19,7 @@ class Loaded:
     """One function's engine in this process."""
 
     def __init__(self, spec: ReplicaSpec) -> None:
-        """Verify and load an artifact, and start its engine on the running event loop.
+        """Verify and load an artifact.
 
         Raises:
             ArtifactError: the artifact is damaged or cannot be loaded.
@@ -32,10 +32,13 @@ class Loaded:
         session = OnnxSession(artifact, spec.num_slots, spec.max_context_tokens, spec.num_threads, cache_dir)
         self.backend = EngineBackend(session, max_queued_requests=MAX_QUEUED_REQUESTS, policy=spec.policy,
                                      grammars=Grammars.of(artifact))  # fmt: skip
-        self.backend.start()
         loaded_at = time.monotonic()
         self.start_s = loaded_at - begun_at
         self.stages = Stages("ray", 0.0, (mapped_at - begun_at) * 1000, (loaded_at - mapped_at) * 1000, 0.0)
+
+    def start(self) -> None:
+        """Start the engine, which answers on the running event loop."""
+        self.backend.start()
 
     async def close(self) -> None:
         """End what runs, which goes on elsewhere."""
