@@ -41,6 +41,9 @@ SIGNALS_WINDOW_S = 1.0
 HEALTH_CHECK_PERIOD_S = 2.0
 """Serve learns by its next health check that a replica has died, and only then starts another one."""
 
+LOOK_AGAIN_S = 0.1
+"""How long Serve pauses at most before it asks full replicas again; a place that comes free waits so long."""
+
 APPLICATION = "pilotlight"
 
 
@@ -167,7 +170,9 @@ def _engines(pool: str, names: tuple[str, ...], settings: Settings) -> dict[str,
             graceful_shutdown_timeout_s=settings.host.drain_timeout_s,
             health_check_period_s=HEALTH_CHECK_PERIOD_S,
             autoscaling_config=scaling,
-            request_router_config=RequestRouterConfig(request_router_class="ray_router:PrefixRouter"),
+            request_router_config=RequestRouterConfig(
+                request_router_class="ray_router:PrefixRouter", max_backoff_s=LOOK_AGAIN_S
+            ),
             ray_actor_options={"num_cpus": cluster.replica_cpus, "resources": {**cluster.replica_resources, **where}},
         )
         .bind(specs, cluster.notices)

@@ -27,6 +27,8 @@ class PrefixRouter(FIFOMixin, MultiplexMixin, RequestRouter):  # type: ignore[mi
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
+        if pending_request is not None:  # without it, Serve asks again and again, and does nothing else meanwhile
+            pending_request.routing_context.should_backoff = True
         staying = [one for one in candidate_replicas if not ray_replicas.is_spared(self._pool, _key(one.replica_id))]
         if pending_request is None or not staying:
             return [staying] if staying else []
@@ -68,6 +70,15 @@ class PrefixRouter(FIFOMixin, MultiplexMixin, RequestRouter):  # type: ignore[mi
         """
         is_retry = is_retry or _is_moved(pending_request)
         return await super()._choose_replica_for_request(pending_request, is_retry=is_retry)
+
+    def _fulfill_next_pending_request(self, replica: RunningReplica, request_metadata: Any = None) -> None:
+        """Give a place away, not always to the request that it was sought for: then the next is sought without a pause.
+
+        Serve takes such a try for a failed one, and pauses longer after each.
+        """
+        super()._fulfill_next_pending_request(replica, request_metadata)
+        if (waiting := self._get_pending_request_matching_internal_request_id(request_metadata)) is not None:
+            waiting.routing_context.should_backoff = False
 
     def _insert_pending_request_sorted(self, queue: deque[PendingRequest], pending_request: PendingRequest) -> None:
         if _is_moved(pending_request):

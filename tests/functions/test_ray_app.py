@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pilotlight.artifact import Artifact
+from support import PATIENCE_S
 
 ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".venv-ray" / "bin" / "python"
@@ -122,18 +123,43 @@ def test_what_serve_takes_by_value_shares_its_state_with_the_process() -> None:
     assert done.stdout.split() == ["True", "1"], done.stderr
 
 
-ORDER = """
+ROUTER = """
 import asyncio
-from types import SimpleNamespace
-from ray.serve._private.common import DeploymentHandleSource, DeploymentID, RequestMetadata
+import ray_replicas
+from ray.serve._private.common import DeploymentHandleSource, DeploymentID, ReplicaID, RequestMetadata
 from ray.serve._private.request_router.common import PendingRequest
 from ray_router import PrefixRouter
 
+DEPLOYMENT = DeploymentID("f", "app")
+
+class Replica:
+    multiplexed_model_ids = ()
+    max_ongoing_requests = 8
+    num_ongoing = 0
+    def __init__(self, name):
+        self.replica_id = ReplicaID(name, DEPLOYMENT)
+    async def get_queue_len(self, *, deadline_s):
+        return self.num_ongoing
+
+class Router(PrefixRouter):
+    num_pauses = 0
+    async def _backoff(self, attempt):
+        self.num_pauses += 1
+        await asyncio.sleep(0)
+
+def request(name, moved, function=""):
+    metadata = RequestMetadata(request_id=name, internal_request_id=name, multiplexed_model_id=function)
+    return PendingRequest(args=[], kwargs={"moved": moved}, metadata=metadata)
+
+async def placed(router, request):
+    replica = await router._choose_replica_for_request(request)
+    replica.num_ongoing += 1
+    return replica.replica_id.unique_id
+"""
+
+ORDER = """
 async def main():
-    router = PrefixRouter(DeploymentID("f", "app"), DeploymentHandleSource.REPLICA)
-    def request(name, moved, function=""):
-        metadata = RequestMetadata(request_id=name, internal_request_id=name, multiplexed_model_id=function)
-        return PendingRequest(args=[], kwargs={"moved": moved}, metadata=metadata)
+    router = Router(DEPLOYMENT, DeploymentHandleSource.REPLICA)
     asked = [request("a", False, "m"), request("b", False), request("c", True, "m"), request("d", True)]
     waiting = [asyncio.ensure_future(router._choose_replica_for_request(one)) for one in asked]
     await asyncio.sleep(0)
@@ -148,8 +174,60 @@ asyncio.run(main())
 
 @needs_ray
 def test_what_was_moved_goes_before_all_that_waits() -> None:
-    done = run_with_ray("-c", ORDER)
+    done = run_with_ray("-c", ROUTER + ORDER)
     assert done.stdout.splitlines()[-2:] == ["c d a b", "c a"], done.stderr
+
+
+NOBODY_TAKES_IT = """
+async def main():
+    router = Router(DEPLOYMENT, DeploymentHandleSource.REPLICA)
+    leaving, other = Replica("leaving"), Replica("other")
+    ray_replicas.leave_out("f-leaving")
+    router.update_replicas([leaving])
+    waiting = asyncio.ensure_future(placed(router, request("a", True)))
+    while router.num_pauses < 3:
+        await asyncio.sleep(0)
+    router.update_replicas([leaving, other])
+    print(await waiting)
+
+asyncio.run(main())
+"""
+
+
+@needs_ray
+def test_what_nobody_may_be_sent_waits_without_stopping_the_router() -> None:
+    done = run_with_ray("-c", ROUTER + NOBODY_TAKES_IT, timeout_s=PATIENCE_S)
+    assert done.stdout.split() == ["other"], done.stderr
+
+
+PLACES_COME_FREE = """
+async def main(function):
+    router = Router(DEPLOYMENT, DeploymentHandleSource.REPLICA)
+    replica = Replica("a")
+    replica.num_ongoing = replica.max_ongoing_requests
+    router.update_replicas([replica])
+    first = [asyncio.ensure_future(placed(router, request(f"first-{n}", False, function))) for n in range(2)]
+    while router.num_pauses < 3:  # what finds places has begun to look for one for these
+        await asyncio.sleep(0)
+    moved = [asyncio.ensure_future(placed(router, request(f"moved-{n}", True, function))) for n in range(6)]
+    await asyncio.sleep(0)
+    replica.num_ongoing = 0
+    num_before = router.num_pauses
+    await asyncio.gather(*moved)
+    num_pauses = router.num_pauses - num_before
+    await asyncio.gather(*first)
+    print(num_pauses)
+
+asyncio.run(main(""))
+asyncio.run(main("m"))
+"""
+
+
+@needs_ray
+def test_places_that_come_free_are_given_away_without_pauses_between() -> None:
+    """What looks for a place has one pause behind it, in which the places came free; there are two that look."""
+    done = run_with_ray("-c", ROUTER + PLACES_COME_FREE, timeout_s=PATIENCE_S)
+    assert [int(number) <= 2 for number in done.stdout.split()] == [True, True], done.stdout + done.stderr
 
 
 @pytest.mark.soak
