@@ -5,6 +5,7 @@ Serve takes this module by value: nothing that changes may lie in its globals (s
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
 from itertools import takewhile
 from typing import Any
@@ -29,6 +30,7 @@ class PrefixRouter(FIFOMixin, MultiplexMixin, RequestRouter):  # type: ignore[mi
     ) -> list[list[RunningReplica]]:
         if pending_request is not None:  # without it, Serve asks again and again, and does nothing else meanwhile
             pending_request.routing_context.should_backoff = True
+        await asyncio.sleep(0)  # what was given a place is sent now, and counted
         staying = [one for one in candidate_replicas if not ray_replicas.is_spared(self._pool, _key(one.replica_id))]
         if pending_request is None or not staying:
             return [staying] if staying else []

@@ -154,6 +154,7 @@ def request(name, moved, function=""):
 async def placed(router, request):
     replica = await router._choose_replica_for_request(request)
     replica.num_ongoing += 1
+    router.on_send_request(replica.replica_id)
     return replica.replica_id.unique_id
 """
 
@@ -228,6 +229,30 @@ def test_places_that_come_free_are_given_away_without_pauses_between() -> None:
     """What looks for a place has one pause behind it, in which the places came free; there are two that look."""
     done = run_with_ray("-c", ROUTER + PLACES_COME_FREE, timeout_s=PATIENCE_S)
     assert [int(number) <= 2 for number in done.stdout.split()] == [True, True], done.stdout + done.stderr
+
+
+MORE_THAN_THERE_ARE_PLACES = """
+async def main():
+    router = Router(DEPLOYMENT, DeploymentHandleSource.REPLICA, use_replica_queue_len_cache=True)
+    replica = Replica("a")
+    waiting = [asyncio.ensure_future(placed(router, request(f"{n}", n % 3 == 0))) for n in range(20)]
+    await asyncio.sleep(0)
+    router.update_replicas([replica])
+    while router.num_pauses < 3:
+        await asyncio.sleep(0)
+    print(replica.num_ongoing)
+    for one in waiting:
+        one.cancel()
+
+asyncio.run(main())
+"""
+
+
+@needs_ray
+def test_hardly_more_is_sent_than_there_are_places() -> None:
+    """Two look for places at the same time, and both may find the last one; the replica refuses one of them."""
+    done = run_with_ray("-c", ROUTER + MORE_THAN_THERE_ARE_PLACES, timeout_s=PATIENCE_S)
+    assert done.stdout.split() in (["8"], ["9"]), done.stdout + done.stderr
 
 
 @pytest.mark.soak
