@@ -10,14 +10,16 @@ import argparse
 import asyncio
 import json
 import random
+import re
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx
+from httptools import HttpParserError
 
+from http_client import Exchange, Response
 from netns_cluster import SERVE_PORT, Cluster, Node, Unable, cluster
 from pilotlight.artifact import open_artifact
 from pilotlight.config import FunctionSettings, load_settings
@@ -37,6 +39,8 @@ CONTEXT = 512
 NUM_SLOTS = 24
 IDLE_TIMEOUT_S = 8.0
 NOTICE_S = 20.0
+
+TOKEN_IDS = re.compile(rb'"token_ids":\[([0-9,]+)\]')
 
 POOL = ("tales", "sums")
 CONFIG = """
@@ -91,6 +95,8 @@ class Stream:
     seed: int
     expected: list[int] = field(default_factory=list)
     received: list[int] = field(default_factory=list)
+    num_arrived: int = 0
+    is_over: bool = False
     usage: dict[str, Any] | None = None
     problem: str = ""
     longest_pause_s: float = 0.0
@@ -130,44 +136,75 @@ async def compute_expected(artifact_path: Path, streams: list[Stream]) -> None:
     await backend.close()
 
 
-async def ask(client: httpx.AsyncClient, stream: Stream) -> None:
-    """Send one request and read its stream."""
+class Counted(Exchange):
+    """An exchange whose tokens are counted as they come, so that the run knows how far it is."""
+
+    def __init__(self, stream: Stream) -> None:
+        super().__init__()
+        self._stream = stream
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._stream.num_arrived += sum(ids.count(b",") + 1 for ids in TOKEN_IDS.findall(data))
+
+
+async def ask(address: str, token: str, stream: Stream) -> None:
+    """Send one request, and read its stream once it is over: who reads meanwhile is late on a busy machine."""
     body = {
         "model": stream.function, "prompt": list(stream.prompt_ids), "max_tokens": stream.max_tokens,
         "seed": stream.seed, "temperature": 0.8, "top_p": 1, "top_k": 0, "ignore_eos": True, "stream": True,
         "return_token_ids": True,
         "stream_options": {"include_usage": True},
     }  # fmt: skip
-    last_at: float | None = None
+    encoded = json.dumps(body).encode()
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\nContent-Type: application/json\r\n"
+        f"Authorization: Bearer {token}\r\nX-Request-Id: {stream.request_id}\r\nContent-Length: {len(encoded)}\r\n\r\n"
+    )
     try:
-        headers = {"x-request-id": stream.request_id}
-        async with client.stream("POST", "/v1/completions", json=body, headers=headers) as response:
-            if response.status_code != 200:
-                stream.problem = f"{response.status_code}: {(await response.aread())[:300]!r}"
-                return
-            async for line in response.aiter_lines():
-                if not line.startswith("data: ") or line == "data: [DONE]":
-                    continue
-                event = json.loads(line.removeprefix("data: "))
-                if "error" in event:
-                    stream.problem = str(event["error"])
-                for choice in event.get("choices", ()):
-                    if ids := choice.get("token_ids"):
-                        now = time.monotonic()
-                        if now - (last_at or now) >= stream.longest_pause_s:
-                            stream.longest_pause_s, stream.resumed_at = now - (last_at or now), now
-                        last_at = now
-                        stream.received += ids
-                stream.usage = event.get("usage") or stream.usage
-    except httpx.HTTPError as error:
+        loop = asyncio.get_running_loop()
+        transport, ours = await loop.create_connection(lambda: Counted(stream), address, SERVE_PORT)
+        transport.write(head.encode() + encoded)
+        try:
+            async with asyncio.timeout(TIMEOUT_S):
+                await ours.closed
+        finally:
+            transport.close()
+        read(stream, Response(ours))
+    except (OSError, HttpParserError) as error:
         stream.problem = f"{type(error).__name__}: {error}"
+    finally:
+        stream.is_over = True
+
+
+def read(stream: Stream, response: Response) -> None:
+    """Take what a response brought: tokens, usage, problems, and the longest pause between two tokens."""
+    if response.status != 200:
+        stream.problem = f"{response.status}: {b''.join(piece for _, piece in response.pieces)[:300]!r}"
+        return
+    last_at: float | None = None
+    rest = b""
+    for at, piece in response.pieces:
+        *lines, rest = (rest + piece).split(b"\n")
+        for event in (json.loads(line[6:]) for line in lines if line.startswith(b"data: {")):
+            if "error" in event:
+                stream.problem = str(event["error"])
+            for ids in (choice["token_ids"] for choice in event.get("choices", ()) if choice.get("token_ids")):
+                pause_s = at - (at if last_at is None else last_at)
+                if pause_s >= stream.longest_pause_s:
+                    stream.longest_pause_s, stream.resumed_at = pause_s, at
+                last_at = at
+                stream.received += ids
+            stream.usage = event.get("usage") or stream.usage
+    if not response.is_complete:
+        stream.problem = stream.problem or "the connection ended early"
 
 
 async def reach(streams: list[Stream], share: float) -> None:
     """Wait until so much of all answers has arrived."""
     total = sum(len(stream.expected) for stream in streams)
-    while sum(len(stream.received) for stream in streams) < share * total:
-        if all(stream.usage is not None or stream.problem for stream in streams):
+    while sum(stream.num_arrived for stream in streams) < share * total:
+        if all(stream.is_over for stream in streams):
             return
         await asyncio.sleep(0.02)
 
@@ -189,19 +226,15 @@ class Run:
     """The whole run, and what is to be said of it."""
 
     def __init__(
-        self, found: Cluster, url: str, token: str, streams: list[Stream], worker_arguments: list[str]
+        self, found: Cluster, address: str, token: str, streams: list[Stream], worker_arguments: list[str]
     ) -> None:
         self.cluster = found
         self.streams = streams
         self.report: dict[str, Any] = {}
         self._worker_arguments = worker_arguments
         self._began_at = 0.0
-        self._client = httpx.AsyncClient(
-            base_url=url,
-            headers={"authorization": f"Bearer {token}"},
-            timeout=httpx.Timeout(TIMEOUT_S),
-            limits=httpx.Limits(max_connections=None),
-        )
+        self._address = address
+        self._token = token
 
     async def start_worker(self, name: str) -> Node:
         node = self.cluster.add(name)
@@ -212,7 +245,7 @@ class Run:
         """Stream, kill one node, bring another, drain one, and wait for sleep."""
         doomed, noticed = workers
         began_at = self._began_at = time.monotonic()
-        asking = [asyncio.create_task(ask(self._client, stream)) for stream in self.streams]
+        asking = [asyncio.create_task(ask(self._address, self._token, stream)) for stream in self.streams]
         await reach(self.streams, 0.0001)
         self.report["first_token_s"] = round(time.monotonic() - began_at, 2)
         await reach(self.streams, 0.3)
@@ -233,7 +266,6 @@ class Run:
         self._say("all streams ended")
         await taken
         await self._sleep_and_wake()
-        await self._client.aclose()
 
     async def _take_away(self, node: Node, noticed_at: float) -> None:
         await asyncio.sleep(max(0.0, noticed_at + NOTICE_S - time.monotonic()))
@@ -251,12 +283,12 @@ class Run:
         last = self.streams[0]
         again = Stream("woken", last.function, last.prompt_ids, last.max_tokens, last.seed, last.expected)
         asked_at = time.monotonic()
-        await ask(self._client, again)
+        await ask(self._address, self._token, again)
         self.report["woken_s"] = round(time.monotonic() - asked_at, 2)
         self.streams.append(again)
 
     def _state(self, node: Node) -> dict[str, Any]:
-        open_streams = sum(stream.usage is None for stream in self.streams)
+        open_streams = sum(not stream.is_over for stream in self.streams)
         return {"node": node.name, "num_open_streams": open_streams, "num_processes": len(node.pids()),
                 "added_niceness": node.added_niceness()}  # fmt: skip
 
@@ -348,7 +380,7 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
         head.start("--head", "--port=6379", "--num-cpus=0", '--resources={"gateway": 2}', "--include-dashboard=false",
                    f"--temp-dir={found.folder}/ray")  # fmt: skip
         worker_arguments = ["--num-cpus=2"]
-        run = Run(found, f"http://{head.address}:{SERVE_PORT}", token, streams, worker_arguments)
+        run = Run(found, head.address, token, streams, worker_arguments)
         workers = [found.add(name) for name in "bc"]
         for worker in workers:
             worker.start(f"--address={found.address}", *worker_arguments)
