@@ -7,7 +7,9 @@ import queue
 import random
 import statistics
 import threading
+import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +25,9 @@ from pilotlight.scratch import scratch
 
 PROMPT_TOKENS = 128
 WARM_UP_STEPS = 5
+ENOUGH_S = 12.0
+"""No further round begins when the rounds have taken so long: a run of seconds needs no median of seven."""
+
 BETWEEN_OPERATORS = "(between operators)"
 
 
@@ -124,7 +129,7 @@ def _shares(events: list[dict[str, object]], num_runs: int) -> dict[str, float]:
 def prefill_times(session: OnnxSession, chunks: list[tuple[int, int]], rounds: int) -> dict[tuple[int, int], float]:
     """Return the seconds of a chunk by its size and the tokens behind which it is read."""
     times: dict[tuple[int, int], list[float]] = {chunk: [] for chunk in chunks}
-    for _ in range(rounds + 1):
+    for _ in _rounds(rounds):
         for (size, past_tokens), found in times.items():
             session.prefill(0, np.array(_prompt(size, size), np.int64), past_tokens)
             found.append(session.run_s)
@@ -141,7 +146,7 @@ def decode_times(
     graphs = [DecodeGraph.MAIN, *([DecodeGraph.BATCH] if session.has_batch_graph else [])]
     cells = [(graph, rows, context) for rows in batches for context in contexts for graph in graphs]
     times: dict[tuple[DecodeGraph, int, int], list[float]] = {cell: [] for cell in cells}
-    for _ in range(rounds + 1):
+    for _ in _rounds(rounds):
         for (graph, rows, context), seconds in times.items():
             for _ in range(2):  # the first run after another kind finds its weights out of the processor's cache
                 session.decode(np.full(rows, 1), np.full(rows, context), graph)
@@ -151,6 +156,18 @@ def decode_times(
                 for rows in batches for context in contexts}
         for graph in graphs
     }  # fmt: skip
+
+
+def _now_s() -> float:
+    return time.monotonic()
+
+
+def _rounds(num_rounds: int) -> Iterator[int]:
+    """Count a round that warms up and up to so many more, of which there is always one."""
+    begun_at = _now_s()
+    for number in range(num_rounds + 1):
+        if number < 2 or _now_s() - begun_at < ENOUGH_S:
+            yield number
 
 
 def _prompt(seed: int, length: int = PROMPT_TOKENS) -> tuple[int, ...]:

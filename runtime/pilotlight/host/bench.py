@@ -81,7 +81,7 @@ class Bench:
             whole = self._step_rates(whole_session, self.threads, ALL_GRAPHS, longest)
             del whole_session
         del lean_session
-        served = ServiceBench(artifact, self.threads, self.cache_dir).measure(Speeds(lean, whole))
+        served = ServiceBench(artifact, self.threads, self.cache_dir).measure(Speeds(lean, whole), grow_ms / 1000)
         rates = Rates(
             artifact=ArtifactSize(
                 name=self.artifact.name,

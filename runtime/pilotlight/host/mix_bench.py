@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, cast
 
 from pilotlight.engine.engine import Engine, Event
@@ -16,6 +17,9 @@ from pilotlight.host.step_times import StepTimes
 from pilotlight.request import SamplingParams, Sequence
 
 NUM_SEQUENCES = 48
+NUM_LEAST, PROMPTS_S = 8, 10.0
+"""Where the prompts would take longer than that, there are fewer, but so many at least."""
+
 MAX_NEW_TOKENS = 40
 VOCABULARY = range(3, 400)
 
@@ -66,7 +70,8 @@ def after_prefill_factor(session: OnnxSession, rates: StepRates, max_context_tok
 
     The prompts beside them say how quick the processor was meanwhile.
     """
-    tallied = _Tallied(session, StepTimes(rates))
+    times = StepTimes(rates)
+    tallied, mix = _Tallied(session, times), _within(PROMPTS_S, _mix(max_context_tokens), times)
     ended = threading.Semaphore(0)
 
     def emit(events: list[Event]) -> None:
@@ -76,13 +81,19 @@ def after_prefill_factor(session: OnnxSession, rates: StepRates, max_context_tok
     engine = Engine(cast(Session, tallied), emit, Policy())
     engine.start()
     try:
-        for sequence in _mix(max_context_tokens):
+        for sequence in mix:
             engine.submit(sequence)
-        for _ in range(NUM_SEQUENCES):
+        for _ in mix:
             ended.acquire()
     finally:
         engine.close()
     return max(1.0, tallied.behind_prompts.factor / tallied.prompts.factor)
+
+
+def _within(prompts_s: float, mix: list[Sequence], times: StepTimes) -> list[Sequence]:
+    """Return as many of the first sequences as have their prompts read in so many seconds."""
+    taken_s = accumulate(times.prefill_s(len(one.prompt_ids), 0) for one in mix)
+    return mix[: max(NUM_LEAST, sum(seconds <= prompts_s for seconds in taken_s))]
 
 
 def _mix(max_context_tokens: int) -> list[Sequence]:

@@ -43,6 +43,9 @@ STREAM_ROUNDS = 5
 PAUSE_S = 0.05
 """Between two requests of which the second should find the processor as a lone request does."""
 
+GROWTHS = 4
+"""After so many times as long as one replica takes to grow, three have grown beside each other."""
+
 READ_BYTES = 1 << 16
 AWAKE, LIGHT, DEEP = "awake", "light", "deep"
 
@@ -77,15 +80,16 @@ class ServiceBench:
     cache_dir: str
     _random: random.Random = field(default_factory=lambda: random.Random(0))
 
-    def measure(self, speeds: Speeds) -> Served:
-        """Start a server, ask it, and end it.
+    def measure(self, speeds: Speeds, grow_s: float = 0.0) -> Served:
+        """Start a server, ask it, and end it. ``grow_s``: how long a replica takes to grow when nothing is beside it.
 
         Raises:
             StartFailed: it cannot be started.
         """
         with self._server() as (process, port):
             for name in (AWAKE, LIGHT, DEEP):
-                self._ask(port, name, 16, 4)  # keeps the graphs, makes the template, and lets the session grow
+                self._ask(port, name, 16, 4)  # keeps the graphs, makes the template, and has the session begin to grow
+            time.sleep(GROWTHS * grow_s)
             host = self._host_rates(port, process.pid, speeds)
             starts = self._start_rates(port, speeds, host)
             replica_bytes = self._replica_bytes(port)
