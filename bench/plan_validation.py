@@ -1,7 +1,7 @@
 """The planner against the host: segments of real traces, replayed over HTTP and simulated with that minute's rates.
 
     python bench/plan_validation.py ARTIFACT --traces DIR [--segments code-a code-b chat] [--repeats N]
-                                    [--onto FILE] [--out FILE]
+                                    [--replays-between N] [--onto FILE] [--out FILE]
 
 Every segment is sent to a real `pilotlight serve` on loopback, which sleeps and wakes meanwhile, each request at its
 own time whatever became of the others. Right before and right after each replay the artifact's rates are measured, as
@@ -11,7 +11,8 @@ trace and the configuration.
 
 Machines change their speed by more than the planner is to be wrong, so that one replay says little: `--repeats` replays
 the segments again and again, by turns, and `--onto` adds to an earlier run's. Each replay makes a pair with its own
-simulation, and the table shows medians over the pairs.
+simulation, and the table shows medians over the pairs. A pair is written to `--out` as soon as it is there. With a
+larger model the rates take minutes: `--replays-between` has so many replays share the rates before and behind them.
 """
 
 from __future__ import annotations
@@ -68,10 +69,18 @@ class Segment:
     sleep: str
     idle_timeout_s: float
     held_out: bool
+    context: int = CONTEXT
 
 
 def _code(from_s: float, duration_s: float, speed_up: float) -> Scaling:
     return Scaling(from_s, duration_s, None, speed_up, 1 / 24, 1 / 2, CONTEXT, 128)
+
+
+DEPLOYED_CONTEXT = 1024
+DEPLOYED_CODE = Scaling(1350, 22.5, None, 0.3, 1 / 8, 1 / 2, DEPLOYED_CONTEXT, 128)
+DEPLOYED_CHAT = Scaling(600, 12, None, 0.16, 1 / 32, 1 / 8, DEPLOYED_CONTEXT, 96)
+DEPLOYED_CHAT_HELD_OUT = Scaling(2400, 9, None, 0.12, 1 / 32, 1 / 8, DEPLOYED_CONTEXT, 96)
+"""For a model of 135 million weights: a window of 25 seconds' work for one stream by its rates, in 75 seconds."""
 
 
 SEGMENTS = {
@@ -80,6 +89,9 @@ SEGMENTS = {
         Segment("code-a", CODE, _code(1350, 100, 1.25), "deep", 0.5, held_out=False),
         Segment("code-b", CODE, _code(1900, 100, 1.25), "light", 0.5, held_out=False),
         Segment("chat", CHAT, Scaling(600, 120, None, 1.7, 1 / 32, 1 / 8, CONTEXT, 96), "light", 0.5, held_out=False),
+        Segment("135m-code", CODE, DEPLOYED_CODE, "deep", 0.5, held_out=False, context=DEPLOYED_CONTEXT),
+        Segment("135m-chat", CHAT, DEPLOYED_CHAT, "light", 0.5, held_out=False, context=DEPLOYED_CONTEXT),
+        Segment("135m-new", CHAT, DEPLOYED_CHAT_HELD_OUT, "light", 0.5, held_out=True, context=DEPLOYED_CONTEXT),
     )
 }
 
@@ -171,8 +183,8 @@ def server(artifact: Path, segment: Segment, num_threads: int) -> Iterator[int]:
         config.write_text(
             f"[host]\nledger = {json.dumps(directory + '/usage.db')}\n[functions.replayed]\n"
             f"artifact = {json.dumps(str(artifact.resolve()))}\nnum_threads = {num_threads}\n"
-            f'idle_timeout_s = {segment.idle_timeout_s}\nsleep = "{segment.sleep}"\nmax_context_tokens = {CONTEXT}\n'
-            'speculation = "off"\n'
+            f'idle_timeout_s = {segment.idle_timeout_s}\nsleep = "{segment.sleep}"\n'
+            f'max_context_tokens = {segment.context}\nspeculation = "off"\n'
         )
         command = [sys.executable, "-m", "pilotlight", "serve", "--config", str(config), "--port", "0"]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -241,7 +253,7 @@ def simulated(segment: Segment, arrivals: list[Arrival], beside: list[Rates]) ->
     """Return the mean over the rates that were measured beside the replay, and phases of the host's second hand."""
     warmth = Warmth.COLD if segment.sleep == "deep" else Warmth.LIGHT
     settings = FunctionSettings(
-        "", idle_timeout_s=segment.idle_timeout_s, sleep=segment.sleep, max_context_tokens=CONTEXT  # type: ignore[arg-type]
+        "", idle_timeout_s=segment.idle_timeout_s, sleep=segment.sleep, max_context_tokens=segment.context  # type: ignore[arg-type]
     )  # fmt: skip
     results = [
         simulate(Plan(Place.OWN, warmth), arrivals, Conditions(settings, rates, read_prices(), seed=seed))
@@ -325,29 +337,51 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--traces", type=Path, required=True)
-    parser.add_argument("--segments", nargs="+", choices=SEGMENTS, default=list(SEGMENTS))
+    parser.add_argument("--segments", nargs="+", choices=SEGMENTS, default=["code-a", "code-b", "chat"])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--replays-between", type=int, default=1, help="replays for each measurement of the rates")
     parser.add_argument("--onto", type=Path, help="An earlier run's --out, whose pairs are kept.")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     bench = Bench(args.artifact, args.threads)
     earlier = json.loads(args.onto.read_text()) if args.onto else {"pairs": [], "rates": []}
-    pairs, all_rates = earlier["pairs"], [bench.rates()]
-    for segment in [SEGMENTS[name] for name in args.segments] * args.repeats:
-        arrivals = read_trace(args.traces / segment.trace, segment.scaling)
-        number = sum(one["segment"] == segment.name for one in pairs)
-        real = measured(args.artifact, segment, arrivals, args.threads, number)
-        all_rates.append(bench.rates())
-        beside = [msgspec.convert(one, Rates) for one in all_rates[-2:]]
-        pairs.append(pair(segment, real, simulated(segment, arrivals, beside)))
-        print(segment.name, {name: round(ratio, 2) for name, ratio in pairs[-1]["ratios"].items()}, flush=True)
+    pairs, before = earlier["pairs"], bench.rates()
+    all_rates = [*earlier["rates"], before]
+    for some in batched([SEGMENTS[name] for name in args.segments] * args.repeats, args.replays_between):
+        replays = []
+        for segment in some:
+            arrivals = read_trace(args.traces / segment.trace, segment.scaling)
+            number = sum(one["segment"] == segment.name for one in pairs)
+            replays.append((segment, arrivals, measured(args.artifact, segment, arrivals, args.threads, number)))
+        after = bench.rates()
+        all_rates.append(after)
+        beside = [msgspec.convert(one, Rates) for one in (before, after)]
+        before = after
+        for segment, arrivals, real in replays:
+            pairs.append(pair(segment, real, simulated(segment, arrivals, beside)))
+            print(segment.name, {name: round(ratio, 2) for name, ratio in pairs[-1]["ratios"].items()}, flush=True)
+            if args.out is not None:
+                write(args.out, args.threads, pairs, all_rates)
     print(f"{table(pairs)}\n\n{stages_table(pairs)}")
-    if args.out is not None:
-        report = {"machine": describe_machine(args.threads), "summary": [summary(one) for one in by_segment(pairs)],
-                  "pairs": pairs, "rates": earlier["rates"] + all_rates}  # fmt: skip
-        args.out.write_text(json.dumps(report) + "\n")
-        args.out.with_suffix(".md").write_text(f"{table(pairs)}\n\n{stages_table(pairs)}\n")
+
+
+def batched(segments: list[Segment], num_together: int) -> Iterator[list[Segment]]:
+    """Return the segments in their order, so many at a time."""
+    return (segments[first : first + num_together] for first in range(0, len(segments), num_together))
+
+
+def write(out: Path, num_threads: int, pairs: list[dict[str, Any]], rates: list[dict[str, Any]]) -> None:
+    """Write what has been found so far, whole or not at all: a run that is interrupted keeps its pairs."""
+    report = {"machine": describe_machine(num_threads), "summary": [summary(one) for one in by_segment(pairs)],
+              "pairs": pairs, "rates": rates}  # fmt: skip
+    for path, text in (
+        (out, json.dumps(report) + "\n"),
+        (out.with_suffix(".md"), f"{table(pairs)}\n\n{stages_table(pairs)}\n"),
+    ):
+        beside = path.with_name(path.name + ".new")
+        beside.write_text(text)
+        beside.replace(path)
 
 
 if __name__ == "__main__":
