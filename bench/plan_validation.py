@@ -325,7 +325,7 @@ def stages_table(pairs: list[dict[str, Any]]) -> str:
 
 
 def _median(pairs: list[dict[str, Any]], kind: str, name: str) -> float:
-    return statistics.median(one[kind][name] for one in pairs)
+    return float(statistics.median(one[kind][name] for one in pairs))
 
 
 def _spread(whole: dict[str, Any], name: str) -> str:

@@ -12,6 +12,8 @@ import pytest
 
 import plan_validation
 from plan_validation import SEGMENTS, Figures, Replayed, batched
+from pilotlight.host.bench import Bench
+from pilotlight.plan.outcomes import STAGES
 from planning import RATES
 
 
@@ -20,7 +22,7 @@ class Interrupted(Exception):
 
 
 def replayed() -> Replayed:
-    stages = dict.fromkeys(plan_validation.STAGES, 0.01)
+    stages = dict.fromkeys(STAGES, 0.01)
     return Replayed(Figures(1, 1, 0, 1, 0.02, 0.02, 0.02, 0.02, stages), 0.0, [{"ttft": 20.0}])
 
 
@@ -38,7 +40,7 @@ def test_an_interrupted_run_keeps_its_pairs(tmp_path: Path, monkeypatch: pytest.
         return found
 
     monkeypatch.setattr(plan_validation, "measured", measured)
-    monkeypatch.setattr(plan_validation.Bench, "rates", lambda _: msgspec.to_builtins(RATES))
+    monkeypatch.setattr(Bench, "rates", lambda _: msgspec.to_builtins(RATES))
     asked = ["artifact", "--traces", str(traces), "--segments", "code-a", "chat", "--repeats", "2", "--out", str(out)]
     monkeypatch.setattr(sys, "argv", ["plan_validation.py", *asked])
     with pytest.raises(Interrupted):
