@@ -11,9 +11,9 @@ import msgspec
 import pytest
 
 import plan_validation
-from plan_validation import SEGMENTS, Figures, Replayed, batched
 from pilotlight.host.bench import Bench
 from pilotlight.plan.outcomes import STAGES
+from plan_validation import SEGMENTS, Figures, Replayed, batched
 from planning import RATES
 
 
