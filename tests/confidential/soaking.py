@@ -1,6 +1,6 @@
 """What the fuzzers try: the same in each run of the suite, and something new for as long as the longer forms look.
 
-That is ten minutes a file, or ``PILOTLIGHT_SOAK_MINUTES``.
+That is ten minutes a file, or ``SOAK_MINUTES``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ MINUTES_A_FILE = 10.0
 
 def seconds_each(num_tests: int) -> float:
     """Return the time of each test of a file."""
-    return float(os.environ.get("PILOTLIGHT_SOAK_MINUTES", MINUTES_A_FILE)) * 60 / num_tests
+    return float(os.environ.get("SOAK_MINUTES", MINUTES_A_FILE)) * 60 / num_tests
 
 
 def rounds_for(seconds: float, one_round: Callable[[], object]) -> int:
