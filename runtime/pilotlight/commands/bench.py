@@ -38,13 +38,17 @@ def bench(
     """Measure ARTIFACT on this machine, behind prompts of 128 random tokens."""
     from pilotlight.config import load_settings
     from pilotlight.host.bench import Bench
+    from pilotlight.host.stolen import NOTABLE_SHARE
     from pilotlight.request import SamplingParams
 
     if profile == rates:
         raise click.UsageError("choose one of --profile and --rates")
     to_measure = Bench(artifact, threads, load_settings(None).host.cache_dir)
     if rates:
-        click.echo(msgspec.json.format(msgspec.json.encode(to_measure.rates()), indent=2))
+        found = to_measure.rates()
+        click.echo(msgspec.json.format(msgspec.json.encode(found), indent=2))
+        if (share := found["stolen_share"]) > NOTABLE_SHARE:
+            click.echo(f"The machine's hardware worked for others {share:.1%} of the time: measure again.", err=True)
         return
     profiles = to_measure.profiles(SamplingParams(temperature=temperature, top_p=top_p), _counts(streams), steps)
     if as_json:

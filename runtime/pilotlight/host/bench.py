@@ -20,6 +20,7 @@ from pilotlight.host.mixed_load import Speeds
 from pilotlight.host.rates import ArtifactSize, ChunkTime, Rates, StepRates, StepTime
 from pilotlight.host.service_bench import ServiceBench
 from pilotlight.host.sizing import num_cores, weights_bytes
+from pilotlight.host.stolen import StolenTime
 from pilotlight.request import SamplingParams
 
 __all__ = ["Bench", "StepProfile"]
@@ -68,7 +69,7 @@ class Bench:
         Raises:
             StartFailed: no server can be started with the artifact.
         """
-        artifact = open_artifact(self.artifact)
+        artifact, stolen = open_artifact(self.artifact), StolenTime()
         longest = artifact.manifest.shapes.max_context_tokens
         quickest = quickest_graphs(artifact.manifest)
         lean_session = self._session(max(BATCHES), MEASURED_TOKENS, 1, quickest)
@@ -95,6 +96,7 @@ class Bench:
             whole=whole,
             starts=msgspec.structs.replace(served.starts, grow_ms=round(grow_ms, 3)),
             host=served.host,
+            stolen_share=round(stolen.share(), 4),
         )
         return {**_for_people(whole), **msgspec.to_builtins(rates)}
 

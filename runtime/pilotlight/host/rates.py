@@ -95,13 +95,18 @@ class ArtifactSize(msgspec.Struct, frozen=True):
 
 
 class Rates(msgspec.Struct, frozen=True):
-    """All of a rates file. Keys that are not here are for people."""
+    """All of a rates file. Keys that are not here are for people.
+
+    ``stolen_share``: what part of the cores' time the machine did not get meanwhile, because its hardware worked for
+    other guests.
+    """
 
     artifact: ArtifactSize
     lean: StepRates
     whole: StepRates
     starts: StartRates
     host: HostRates = HostRates()
+    stolen_share: float = 0.0
 
 
 def read_rates(path: Path) -> Rates:
