@@ -12,6 +12,7 @@ from pilotlight.artifact import Artifact
 from pilotlight.cli import main
 from pilotlight.engine.timeline import StageTimes
 from pilotlight.host import service_bench
+from pilotlight.host.bench import Bench
 from pilotlight.host.rates import Rates
 
 
@@ -69,6 +70,17 @@ def test_rates_are_printed_for_a_planner(demo_int4: Artifact, monkeypatch: pytes
     assert read.artifact.replica_bytes > 1_000_000
     assert read.starts.deep_ms > 0 < read.starts.light_ms
     assert read.host.request_ms > 0 < read.host.prefill_factor
+
+
+@pytest.mark.parametrize(("share", "told"), [(0.004, ""), (0.04, "for others 4.0% of the time")])
+def test_a_machine_that_others_took_is_told(
+    share: float, told: str, toy_artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Bench, "rates", lambda _: {"stolen_share": share})
+    done = CliRunner().invoke(main, ["bench", str(toy_artifact.path), "--rates"])
+    assert json.loads(done.stdout) == {"stolen_share": share}
+    assert told in done.stderr
+    assert bool(told) is bool(done.stderr)
 
 
 @pytest.mark.parametrize("options", [[], ["--profile", "--rates"], ["--profile", "--streams", "1,x"]])
