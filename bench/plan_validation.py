@@ -14,9 +14,10 @@ the segments again and again, by turns, and `--onto` adds to an earlier run's. E
 simulation, and the table shows medians over the pairs. A pair is written to `--out` as soon as it is there. With a
 larger model the rates take minutes: `--replays-between` has so many replays share the rates before and behind them.
 
-A virtual machine shares its hardware, and Linux counts what others took of it. A pair is set aside, whatever its
-ratios, if that was more than a hundredth of the cores' time in its replay or in either of its rates: it is kept in the
-file and counted, and the segment replayed again, up to twice as many times in all as were asked for.
+A virtual machine shares its hardware, and Linux counts what others took of it. What was measured while that was more
+than a hundredth of the cores' time says little: such rates are left out, and a pair is set aside, whatever its ratios,
+if its replay was one of these or no rates are left. It is kept in the file and counted, and the segment is replayed
+again, up to twice as many times in all as were asked for.
 """
 
 from __future__ import annotations
@@ -290,8 +291,9 @@ def simulated(segment: Segment, arrivals: list[Arrival], beside: list[Rates]) ->
 def pair(segment: Segment, real: Replayed, simulation: Figures, beside: list[Rates]) -> dict[str, Any]:
     """Return a replay beside its simulation, and whether the machine was its own meanwhile."""
     shares = [real.stolen_share, *(one.stolen_share for one in beside)]
+    is_disturbed = real.stolen_share > NOTABLE_SHARE or min(shares[1:]) > NOTABLE_SHARE
     return {
-        "stolen_shares": [round(share, 4) for share in shares], "is_disturbed": max(shares) > NOTABLE_SHARE,
+        "stolen_shares": [round(share, 4) for share in shares], "is_disturbed": is_disturbed,
         "segment": segment.name, "held_out": segment.held_out, "latest_sending_ms": round(1000 * real.late_s, 1),
         "measured": asdict(real.figures), "simulated": asdict(simulation),
         "ratios": {name: getattr(simulation, name) / getattr(real.figures, name) for name in COMPARED},
@@ -394,7 +396,8 @@ def main() -> None:
         beside = [msgspec.convert(one, Rates) for one in (before, after)]
         before = after
         for segment, arrivals, real in replays:
-            pairs.append(pair(segment, real, simulated(segment, arrivals, beside), beside))
+            usable = [one for one in beside if one.stolen_share <= NOTABLE_SHARE] or beside
+            pairs.append(pair(segment, real, simulated(segment, arrivals, usable), beside))
             ratios = {name: round(ratio, 2) for name, ratio in pairs[-1]["ratios"].items()}
             print(segment.name, ratios, "stolen", pairs[-1]["stolen_shares"], flush=True)
             if args.out is not None:

@@ -12,6 +12,7 @@ import pytest
 
 import plan_validation
 from pilotlight.host.bench import Bench
+from pilotlight.host.rates import Rates
 from pilotlight.plan.outcomes import STAGES
 from plan_validation import SEGMENTS, Figures, Replayed, batched
 from planning import RATES
@@ -35,9 +36,16 @@ def traces(tmp_path: Path) -> Path:
     return traces
 
 
-def validate(traces: Path, out: Path, replays: list[Replayed], monkeypatch: pytest.MonkeyPatch, *options: str) -> None:
+def validate(
+    traces: Path,
+    out: Path,
+    replays: list[Replayed],
+    monkeypatch: pytest.MonkeyPatch,
+    *options: str,
+    rates_stolen: tuple[float, ...] = (),
+) -> None:
     """Run the validation with these replays, and be interrupted where there are no more of them."""
-    left = iter(replays)
+    left, stolen = iter(replays), iter(rates_stolen)
 
     def measured(*_: Any) -> Replayed:
         found = next(left, None)
@@ -46,7 +54,8 @@ def validate(traces: Path, out: Path, replays: list[Replayed], monkeypatch: pyte
         return found
 
     monkeypatch.setattr(plan_validation, "measured", measured)
-    monkeypatch.setattr(Bench, "rates", lambda _: msgspec.to_builtins(RATES))
+    rates = msgspec.to_builtins(RATES)
+    monkeypatch.setattr(Bench, "rates", lambda _: {**rates, "stolen_share": next(stolen, 0.0)})
     asked = ["artifact", "--traces", str(traces), "--out", str(out), *options]
     monkeypatch.setattr(sys, "argv", ["plan_validation.py", *asked])
     plan_validation.main()
@@ -95,3 +104,18 @@ def test_rates_that_others_disturbed_are_measured_again(monkeypatch: pytest.Monk
     monkeypatch.setattr(Bench, "rates", lambda _: {"stolen_share": next(shares)})
     bench = Bench(Path("artifact"), 1)
     assert [plan_validation.steady_rates(bench)["stolen_share"] for _ in range(2)] == [0.002, 0.05]
+
+
+def test_rates_that_were_disturbed_are_left_out(tmp_path: Path, traces: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[list[float]] = []
+
+    def simulated(_segment: Any, _arrivals: Any, beside: list[Rates]) -> Figures:
+        used.append([one.stolen_share for one in beside])
+        return replayed().figures
+
+    monkeypatch.setattr(plan_validation, "simulated", simulated)
+    out, shares = tmp_path / "found.json", (0.0, 0.04, 0.03, 0.02, 0.05, 0.001)
+    options = ("--segments", "code-a", "--repeats", "2")
+    validate(traces, out, [replayed()] * 3, monkeypatch, *options, rates_stolen=shares)
+    assert used == [[0.0], [0.03, 0.05], [0.001]]
+    assert [one["is_disturbed"] for one in json.loads(out.read_text())["pairs"]] == [False, True, False]

@@ -69,6 +69,7 @@ def test_rates_are_printed_for_a_planner(demo_int4: Artifact, monkeypatch: pytes
     assert read.artifact.replica_bytes is not None
     assert read.artifact.replica_bytes > 1_000_000
     assert read.starts.deep_ms > 0 < read.starts.light_ms
+    assert (read.starts.grow_ms, read.starts.growing_factor) == (0.0, 1.0)
     assert read.host.request_ms > 0 < read.host.prefill_factor
 
 

@@ -85,6 +85,25 @@ def test_a_lone_request_waits_for_start_and_prompt() -> None:
     assert result.num_cold_starts == result.num_waited_for_start == 1
 
 
+@pytest.mark.parametrize("place", [Place.OWN, Place.LAMBDA, Place.MODAL])
+def test_a_replica_is_slower_while_it_grows(place: Place) -> None:
+    starts = msgspec.structs.replace(RATES.starts, growing_factor=2.0)
+    whole = msgspec.structs.replace(RATES.whole, num_threads=2)
+    slow, undisturbed = (
+        simulate(
+            Plan(place, Warmth.COLD),
+            [Arrival(0.0, 64, 100)],
+            conditions(rates=msgspec.structs.replace(RATES, whole=whole, starts=one)),
+        )
+        for one in (starts, RATES.starts)
+    )
+    assert slow.ttft_p50_s == undisturbed.ttft_p50_s
+    # at half the speed for 0.3 s; a step is 13 ms, and the one under way ends as it began
+    speed = {Place.OWN: 1.0, Place.LAMBDA: PRICES.aws_lambda.speed, Place.MODAL: PRICES.modal.speed}[place]
+    lost_s = 0.15 / speed
+    assert slow.mean_stages_s["decode"] - undisturbed.mean_stages_s["decode"] == pytest.approx(lost_s, abs=0.03 / speed)
+
+
 def test_a_second_request_within_the_timeout_is_warm() -> None:
     spaced = [Arrival(at, 64, 1) for at in (0.0, 8.0, 30.0)]
     assert simulate(COLD, spaced, conditions(**GIVEN)).num_cold_starts == 2

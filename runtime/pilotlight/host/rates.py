@@ -46,7 +46,8 @@ class StartRates(msgspec.Struct, frozen=True):
 
     ``template_ms`` is the making of a template. The first prompt of a new replica takes ``deep_first_run_ms`` or
     ``light_first_run_ms`` longer than it would later, and ``first_token_ms`` for each of its tokens, whose place in the
-    cache nobody has touched before; then the whole session is there after ``grow_ms``.
+    cache nobody has touched before; then the whole session is there after ``grow_ms``, and until then the lean one's
+    steps take ``growing_factor`` times as long, beside the making of the other.
     """
 
     deep_ms: float
@@ -56,6 +57,7 @@ class StartRates(msgspec.Struct, frozen=True):
     light_first_run_ms: float = 0.0
     first_token_ms: float = 0.0
     grow_ms: float = 0.0
+    growing_factor: float = 1.0
 
 
 class HostRates(msgspec.Struct, frozen=True):

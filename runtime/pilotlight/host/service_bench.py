@@ -43,6 +43,9 @@ STREAM_ROUNDS = 5
 PAUSE_S = 0.05
 """Between two requests of which the second should find the processor as a lone request does."""
 
+GROWING_STEPS, GROWING_SHARE = 16, 0.3
+"""Steps that are timed while a replica grows: no more than would take that share of the growing alone."""
+
 GROWTHS = 4
 """After so many times as long as one replica takes to grow, three have grown beside each other."""
 
@@ -91,7 +94,7 @@ class ServiceBench:
                 self._ask(port, name, 16, 4)  # keeps the graphs, makes the template, and has the session begin to grow
             time.sleep(GROWTHS * grow_s)
             host = self._host_rates(port, process.pid, speeds)
-            starts = self._start_rates(port, speeds, host)
+            starts = self._start_rates(port, speeds, host, grow_s)
             replica_bytes = self._replica_bytes(port)
         return Served(starts, host, replica_bytes)
 
@@ -185,17 +188,22 @@ class ServiceBench:
             self._stream(port, AWAKE, 64, num_tokens)
         return 1000 * (_processor_s(pid) - before_s) / NUM_COUNTED
 
-    def _start_rates(self, port: int, speeds: Speeds, host: HostRates) -> StartRates:
+    def _start_rates(self, port: int, speeds: Speeds, host: HostRates, grow_s: float) -> StartRates:
         starts: dict[str, list[float]] = {LIGHT: [], DEEP: []}
         cold_ms: dict[tuple[str, int], list[float]] = {}
         short, long = 64, min(256, self._context // 2)
+        num_steps = min(GROWING_STEPS, int(GROWING_SHARE * 1000 * grow_s / speeds.lean_step_ms(long)))
+        slower: list[float] = []
         for _ in range(WAKINGS):
             for name, size in ((LIGHT, short), (DEEP, long), (LIGHT, long), (DEEP, short)):
                 self._wait_for_sleep(port, name)
-                record = self._ask(port, name, size, 1).record
+                record = self._ask(port, name, size, 1 + num_steps).record
                 starts[name].append(record["cold_start_ms"])
                 usual_ms = host.idle_prefill_factor * speeds.first_prompt_ms(size)
                 cold_ms.setdefault((name, size), []).append(record["prefill_ms"] - usual_ms)
+                if num_steps:
+                    usual_ms = num_steps * (speeds.lean_step_ms(size + num_steps / 2) + host.step_ms + host.row_ms)
+                    slower.append(record["decode_ms"] / usual_ms)
         later = {key: statistics.median(found) for key, found in cold_ms.items()}
         slopes = [(later[name, long] - later[name, short]) / (long - short) for name in (LIGHT, DEEP)]
         per_token = max(0.0, statistics.fmean(slopes))
@@ -206,6 +214,7 @@ class ServiceBench:
             deep_first_run_ms=round(max(0.0, later[DEEP, short] - per_token * short), 3),
             light_first_run_ms=round(max(0.0, later[LIGHT, short] - per_token * short), 3),
             first_token_ms=round(per_token, 5),
+            growing_factor=round(max(1.0, statistics.median(slower)), 4) if slower else 1.0,
         )
 
     @property

@@ -26,6 +26,7 @@ class Speed:
 
     rates: Rates
     lean: StepTimes
+    growing: StepTimes
     whole: StepTimes
     factor: float = 1.0
 
@@ -33,7 +34,8 @@ class Speed:
     def of(cls, rates: Rates, factor: float = 1.0) -> Speed:
         """Return the measured speed, or that of a machine so many times as fast."""
         host = rates.host
-        return cls(rates, StepTimes(rates.lean, factor, host), StepTimes(rates.whole, factor, host), factor)
+        growing = StepTimes(rates.lean, factor / rates.starts.growing_factor, host)
+        return cls(rates, StepTimes(rates.lean, factor, host), growing, StepTimes(rates.whole, factor, host), factor)
 
     def start_s(self, light: bool) -> float:
         starts = self.rates.starts
@@ -177,6 +179,7 @@ class SimulatedReplica:
     def _grow(self) -> None:
         if self._grows:
             self._grows = False
+            self.engine.go_on_with(self._speed.growing)
             self._agenda.at(self._agenda.now + self._speed.grow_s, self._grown)
 
     def _grown(self) -> None:

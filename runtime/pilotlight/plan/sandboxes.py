@@ -77,6 +77,7 @@ class Sandbox:
         self._fleet.outcomes.observe(events)
         if not self._grown:
             self._grown = True
+            self.engine.go_on_with(self._fleet.speed.growing)
             self._fleet.agenda.at(
                 self._fleet.agenda.now + self._fleet.speed.grow_s,
                 lambda: self.engine.go_on_with(self._fleet.speed.whole),
