@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from pilotlight.host import stolen
 from pilotlight.host.stolen import StolenTime
 
 
@@ -18,10 +17,9 @@ def write(path: Path, stolen_s: float) -> Path:
 
 def test_the_share_is_of_all_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     instants = iter([1000.0, 1010.0])
-    monkeypatch.setattr(stolen.time, "monotonic", lambda: next(instants))
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
     stat = write(tmp_path / "stat", 100.0)
-    since = StolenTime(stat)
+    since = StolenTime(stat, lambda: next(instants))
     write(stat, 102.0)
     assert since.share() == pytest.approx(2.0 / (10 * 4))
 

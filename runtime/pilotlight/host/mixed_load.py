@@ -15,7 +15,7 @@ from typing import Any
 
 from pilotlight.engine.pace import DecodeGraph, Pace
 from pilotlight.engine.profile import PROMPT_TOKENS
-from pilotlight.host.rates import StepRates
+from pilotlight.host.rates import HostRates, StepRates
 from pilotlight.host.step_times import StepTimes
 
 BUSY_SHARE = 0.3
@@ -51,11 +51,12 @@ class Speeds:
         """Return the same for a replica that has just begun, but for its being cold."""
         return 1000 * (self._lean_times.prefill_s(num_tokens, 0) + self._lean_times.overhead_s(1))
 
-    def lean_step_ms(self, num_context_tokens: float) -> float:
-        """Return what a replica that has just begun takes for a decode step of one stream behind so many tokens."""
-        return 1000 * (
-            self._lean_times.decode_s(DecodeGraph.MAIN, 1, num_context_tokens) + self._lean_times.overhead_s(1)
-        )
+    def lean_step_ms(self, num_context_tokens: float, host: HostRates) -> float:
+        """Return what a replica that has just begun takes in a host for a decode step of one stream behind so many
+        tokens, if nothing is beside it.
+        """
+        times = StepTimes(self.lean, host=host)
+        return 1000 * (times.decode_s(DecodeGraph.MAIN, 1, num_context_tokens) + times.overhead_s(1))
 
     def step_ms(self, num_rows: int, num_context_tokens: float = PROMPT_TOKENS) -> float:
         """Return what the engine takes for a decode step behind so many tokens."""

@@ -192,7 +192,8 @@ class ServiceBench:
         starts: dict[str, list[float]] = {LIGHT: [], DEEP: []}
         cold_ms: dict[tuple[str, int], list[float]] = {}
         short, long = 64, min(256, self._context // 2)
-        num_steps = min(GROWING_STEPS, int(GROWING_SHARE * 1000 * grow_s / speeds.lean_step_ms(long)))
+        in_growing = int(GROWING_SHARE * 1000 * grow_s / speeds.lean_step_ms(long, host))
+        num_steps = min(GROWING_STEPS, in_growing, self._context // 4)
         slower: list[float] = []
         for _ in range(WAKINGS):
             for name, size in ((LIGHT, short), (DEEP, long), (LIGHT, long), (DEEP, short)):
@@ -202,7 +203,7 @@ class ServiceBench:
                 usual_ms = host.idle_prefill_factor * speeds.first_prompt_ms(size)
                 cold_ms.setdefault((name, size), []).append(record["prefill_ms"] - usual_ms)
                 if num_steps:
-                    usual_ms = num_steps * (speeds.lean_step_ms(size + num_steps / 2) + host.step_ms + host.row_ms)
+                    usual_ms = num_steps * speeds.lean_step_ms(size + num_steps / 2, host)
                     slower.append(record["decode_ms"] / usual_ms)
         later = {key: statistics.median(found) for key, found in cold_ms.items()}
         slopes = [(later[name, long] - later[name, short]) / (long - short) for name in (LIGHT, DEEP)]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 STOLEN_COLUMN = 8
@@ -17,13 +18,13 @@ NOTABLE_SHARE = 0.01
 class StolenTime:
     """What was taken since this was made."""
 
-    def __init__(self, stat: Path = Path("/proc/stat")) -> None:
-        self._stat = stat
-        self._began_at, self._before_s = time.monotonic(), self._stolen_s()
+    def __init__(self, stat: Path = Path("/proc/stat"), clock: Callable[[], float] = time.monotonic) -> None:
+        self._stat, self._clock = stat, clock
+        self._began_at, self._before_s = clock(), self._stolen_s()
 
     def share(self) -> float:
         """Return the part of all cores' time; 0 where the system does not say."""
-        passed_s = time.monotonic() - self._began_at
+        passed_s = self._clock() - self._began_at
         return max(0.0, self._stolen_s() - self._before_s) / (passed_s * (os.cpu_count() or 1))
 
     def _stolen_s(self) -> float:
